@@ -1,0 +1,176 @@
+"""The one place that runs other programs.
+
+Argument vectors, never shell strings; an environment of our own making (no ``GIT_*``, no ``LD_*``: a variable meant
+for the caller's shell must not steer a build); output goes to a log file and, on failure, its last lines into the
+exception. Children run in their own process group so that Ctrl-C, which we receive first, ends the whole tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_DROPPED_PREFIXES = ("GIT_", "LD_", "PYTHON", "OLLAMA_", "KVCACHED_", "LLAMA_", "GGML_", "CMAKE_")
+_KEPT = frozenset({"PYTHONHASHSEED"})
+_TAIL_LINES = 25
+_GRACE_SECONDS = 5.0
+
+
+class ProcessFailure(Exception):
+    """A program ended with a non-zero status, or could not be started (`returncode` is then None)."""
+
+    def __init__(self, argv: Sequence[str], returncode: int | None, tail: str, log: Path | None) -> None:
+        self.argv = tuple(argv)
+        self.returncode = returncode
+        self.tail = tail
+        self.log = log
+        status = "could not be started" if returncode is None else f"ended with status {returncode}"
+        super().__init__(f"`{' '.join(argv)}` {status}" + (f"\n{tail}" if tail else ""))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """What a finished program left: its status and, when captured, its standard output as text."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: str
+
+
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The caller's environment without variables that would change what a build does, plus `extra`."""
+    env = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith(_DROPPED_PREFIXES)}
+    env["LC_ALL"] = "C.UTF-8"
+    env.update(extra or {})
+    return env
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    check: bool = True,
+    timeout: float | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Completed:
+    """Run a program to its end.
+
+    `env` is added to `clean_environment()`. With `log`, output (both streams) is appended there, each command
+    preceded by a line that repeats it; without, standard output is returned in the result. `on_line` sees each line
+    as it comes. Raises ProcessFailure when the program cannot be started, times out, or (with `check`) fails.
+    """
+    args = [str(a) for a in argv]
+    lines: list[str] = []
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sink = stack.enter_context(log.open("a", encoding="utf-8", errors="replace"))
+            sink.write(f"+ {' '.join(args)}\n")
+            sink.flush()
+        with start(args, cwd=cwd, env=env, merge_stderr=log is not None or on_line is not None) as child:
+            timer = None
+            if timeout is not None:
+                timer = threading.Timer(timeout, end, (child,))
+                timer.start()
+            errors: list[str] = []
+            reader = None
+            if child.stderr is not None:
+                stderr = child.stderr
+                reader = threading.Thread(target=lambda: errors.extend(stderr), daemon=True)
+                reader.start()
+            assert child.stdout is not None
+            for line in child.stdout:
+                lines.append(line)
+                if sink is not None:
+                    sink.write(line)
+                    sink.flush()
+                if on_line is not None:
+                    on_line(line.rstrip("\n"))
+            returncode = child.wait()
+            if reader is not None:
+                reader.join()
+            if timer is not None:
+                timed_out = not timer.is_alive()
+                timer.cancel()
+                if timed_out:
+                    lines.append(f"[no end within {timeout:g} s; ended by kvpatch]\n")
+                    raise ProcessFailure(args, returncode, _tail(lines), log)
+    if check and returncode != 0:
+        raise ProcessFailure(args, returncode, _tail(lines + errors), log)
+    return Completed(argv=tuple(args), returncode=returncode, stdout="".join(lines))
+
+
+@contextlib.contextmanager
+def start(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    merge_stderr: bool = True,
+    output: Path | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a program and give the handle to the block; at its end the program's whole group is ended.
+
+    With `output`, both streams are appended to that file and the handle has no pipes. Raises ProcessFailure when the
+    program cannot be started.
+    """
+    args = [str(a) for a in argv]
+    with contextlib.ExitStack() as stack:
+        stdout: int | object = subprocess.PIPE
+        stderr: int | object = subprocess.STDOUT if merge_stderr else subprocess.PIPE
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stdout = stack.enter_context(output.open("ab"))
+            stderr = subprocess.STDOUT
+        try:
+            child = subprocess.Popen(  # noqa: S603 - argument vector, no shell
+                args,
+                cwd=cwd,
+                env=clean_environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,  # type: ignore[call-overload]
+                stderr=stderr,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ProcessFailure(args, None, str(error), None) from error
+        try:
+            yield child
+        finally:
+            end(child)
+            for stream in (child.stdout, child.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+def end(child: subprocess.Popen[str], *, grace: float = _GRACE_SECONDS) -> None:
+    """End a program and everything in its group: SIGTERM, after `grace` seconds SIGKILL. Safe to repeat."""
+    if child.poll() is None:
+        _signal_group(child, signal.SIGTERM)
+        try:
+            child.wait(timeout=grace)
+        except subprocess.TimeoutExpired:
+            pass
+    # Even when the leader is gone its descendants may live on in the group.
+    _signal_group(child, signal.SIGKILL)
+    child.wait()
+
+
+def _signal_group(child: subprocess.Popen[str], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)
+
+
+def _tail(lines: Sequence[str]) -> str:
+    return "".join(lines[-_TAIL_LINES:]).rstrip()
