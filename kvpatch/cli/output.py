@@ -1,0 +1,117 @@
+"""What the user sees: progress on standard error, results on standard output, one JSON envelope with --json."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+
+from kvpatch.cli.progress import CiLines, LiveRows, PlainLines
+from kvpatch.errors import KvpatchError
+from kvpatch.events import Events
+
+ENVELOPE_SCHEMA = 1
+
+
+def command_name(argv: Sequence[str]) -> str:
+    """The command in an argument list, for the envelope: the first word that is no option."""
+    return next((word for word in argv if not word.startswith("-")), "kvpatch")
+
+
+class Screen:
+    """Both streams and the way of rendering that fits them."""
+
+    def __init__(self, *, json_mode: bool, command: str) -> None:
+        self.json_mode = json_mode
+        self.command = command
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def events(self) -> Events:
+        """A listener for a running build: live rows on a terminal, folds in CI, plain lines elsewhere."""
+        if os.environ.get("GITHUB_ACTIONS") == "true" or os.environ.get("GITLAB_CI") == "true":
+            return CiLines(self._err, gitlab=os.environ.get("GITLAB_CI") == "true")
+        if self._err.is_terminal and not self.json_mode:
+            return LiveRows(self._err)
+        return PlainLines(self._err)
+
+    def result(self, data: dict[str, Any], *renderables: RenderableType) -> None:
+        """The result of a command that succeeded: data for programs, renderables for people."""
+        if self.json_mode:
+            self._envelope("ok", 0, data, [])
+        self.show(*renderables)
+
+    def show(self, *renderables: RenderableType) -> None:
+        """Something for people only."""
+        if not self.json_mode:
+            for renderable in renderables:
+                self._out.print(renderable)
+
+    def note(self, text: str) -> None:
+        """A line of progress outside a stage."""
+        self._err.print(text, markup=False)
+
+    def failure(self, error: KvpatchError) -> int:
+        """Render an expected failure; returns its exit code."""
+        if self.json_mode:
+            entry = {"code": error.code, "message": error.message, "hint": error.hint, "data": error.data}
+            self._envelope("error", error.exit_code, {}, [entry])
+        self._error_lines(error.message, error.hint)
+        return error.exit_code
+
+    def usage_error(self, error: click.ClickException) -> int:
+        """Render a command line that does not parse; returns 2."""
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context is not None else "kvpatch --help"
+        if self.json_mode:
+            entry = {"code": "usage", "message": error.format_message(), "hint": hint, "data": {}}
+            self._envelope("error", 2, {}, [entry])
+        self._error_lines(error.format_message(), hint)
+        return 2
+
+    def interrupted(self, exit_code: int) -> None:
+        """Say that the user ended it, and that going on is possible."""
+        if self.json_mode:
+            entry = {"code": "interrupted", "message": "interrupted", "hint": None, "data": {}}
+            self._envelope("error", exit_code, {}, [entry])
+        self._err.print("interrupted; finished stages are kept, the same command goes on from there")
+
+    def bug(self, error: Exception, crash: Path, exit_code: int) -> int:
+        """Render an unexpected exception, for which kvpatch is to blame."""
+        message = f"a bug in kvpatch: {type(error).__name__}: {error}"
+        hint = f"please report it with {crash}"
+        if self.json_mode:
+            entry = {"code": "internal", "message": message, "hint": hint, "data": {"crash_log": str(crash)}}
+            self._envelope("error", exit_code, {}, [entry])
+        self._error_lines(message, hint)
+        return exit_code
+
+    def _error_lines(self, message: str, hint: str | None) -> None:
+        self._err.print(f"[bold red]error:[/] {_escape(message)}")
+        if hint:
+            self._err.print(f"[bold]next:[/] {_escape(hint)}")
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            first = message.splitlines()[0]
+            sys.stderr.write(f"::error title=kvpatch {self.command}::{first}\n")
+
+    def _envelope(self, status: str, exit_code: int, data: dict[str, Any], errors: list[dict[str, Any]]) -> None:
+        envelope = {
+            "schema": ENVELOPE_SCHEMA,
+            "command": self.command,
+            "status": status,
+            "exit_code": exit_code,
+            "data": data,
+            "errors": errors,
+        }
+        sys.stdout.write(json.dumps(envelope, indent=2, default=str) + "\n")
+        sys.stdout.flush()
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

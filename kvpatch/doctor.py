@@ -1,0 +1,126 @@
+"""What this machine has and lacks for each target, and which releases there is what for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kvpatch import pins, toolchain
+from kvpatch.errors import ToolchainError
+from kvpatch.patching import load_series
+
+# Measured: workspace, build folder and output of one Ollama CPU build, plus its sources.
+_NEEDED_BYTES = 4 * 10**9
+_LEDGER_DIR = Path("/dev/shm")
+
+Status = Literal["ok", "index", "missing", "optional"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing looked at. `status`: ok; index (kvpatch installs it from the package index when it is needed);
+    missing (a build fails until `cure` is done); optional (missing, and only slower without)."""
+
+    name: str
+    status: Status
+    found: str
+    needed_for: str
+    cure: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleaseRow:
+    """A release, its pins, and how far it was verified. `patches` counts those that our series has for it."""
+
+    version: str
+    date: str
+    profile: str
+    llama_cpp: str
+    verified_with: tuple[str, ...]
+    patches: int
+    status: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(cache: Path) -> tuple[Finding, ...]:
+    """Look at every tool, the cache, and the place of the ledger. Installs nothing."""
+    findings = [_tool(requirement, cache / "tools") for requirement in toolchain.ALL]
+    findings.append(_cache(cache))
+    findings.append(_ledger())
+    return tuple(findings)
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Raise ToolchainError when something is missing that a build cannot do without."""
+    missing = [f for f in findings if f.status == "missing"]
+    if missing:
+        raise ToolchainError(
+            "missing: " + "; ".join(f"{f.name} ({f.found}), needed for {f.needed_for}" for f in missing),
+            hint=" && ".join(dict.fromkeys(f.cure for f in missing)),
+            data={"findings": [f.to_json() for f in findings]},
+        )
+
+
+def releases(known: pins.Pins, data: Path) -> tuple[ReleaseRow, ...]:
+    """Every release that pins.toml lists, oldest first."""
+    series = load_series(data / "patches" / "ollama" / "llama-server")
+    return tuple(
+        ReleaseRow(
+            version=release.version,
+            date=release.date,
+            profile="llama-server",
+            llama_cpp=release.llama_cpp,
+            verified_with=release.verified_with,
+            patches=len(series.select(release.semver)),
+            status=release.status,
+        )
+        for release in known.ollama
+    )
+
+
+def _tool(requirement: toolchain.Requirement, tools_dir: Path) -> Finding:
+    tool, reason = toolchain.probe(requirement)
+    tool = tool or toolchain.installed(requirement, tools_dir)
+    name = f"{requirement.name} >= {requirement.minimum}"
+    if tool is not None:
+        where = f"{tool.version}, {tool.path}" + ("" if tool.origin == "PATH" else f" ({tool.origin})")
+        return Finding(name=name, status="ok", found=where, needed_for=requirement.needed_for, cure="")
+    status: Status = "optional" if requirement.optional else "index" if requirement.package else "missing"
+    cure = "installed by itself when needed" if status == "index" else requirement.advice
+    return Finding(name=name, status=status, found=reason, needed_for=requirement.needed_for, cure=cure)
+
+
+def _cache(cache: Path) -> Finding:
+    place = cache
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    text = f"{cache}, {free / 1e9:.1f} GB free"
+    if not os.access(place, os.W_OK):
+        status: Status = "missing"
+        cure, text = "choose another place with KVPATCH_CACHE", f"{place} is not writable"
+    elif free < _NEEDED_BYTES:
+        status, cure = "missing", f"free {_NEEDED_BYTES / 1e9:.0f} GB, or set KVPATCH_CACHE to a larger disk"
+    else:
+        status, cure = "ok", ""
+    return Finding(name="cache folder", status=status, found=text, needed_for="sources and builds", cure=cure)
+
+
+def _ledger() -> Finding:
+    usable = _LEDGER_DIR.is_dir() and os.access(_LEDGER_DIR, os.W_OK)
+    return Finding(
+        name="shared memory",
+        status="ok" if usable else "missing",
+        found=f"{_LEDGER_DIR}, {shutil.disk_usage(_LEDGER_DIR).free / 1e6:.0f} MB free" if usable else f"no writable {_LEDGER_DIR}",
+        needed_for="the ledger of a running elastic server",
+        cure="" if usable else "mount a tmpfs at /dev/shm",
+    )

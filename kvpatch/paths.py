@@ -1,0 +1,37 @@
+"""Where kvpatch keeps things: the data it ships, and the cache it fills."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from kvpatch.errors import KvpatchError
+
+CACHE_VARIABLE = "KVPATCH_CACHE"
+
+
+def data_dir() -> Path:
+    """The folder that holds patches/, templates/, go_shim/ and vmm/.
+
+    In an installed wheel they are packaged as kvpatch/data; in a checkout they stand at its top.
+    """
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "data", package.parent):
+        if (candidate / "patches" / "pins.toml").is_file():
+            return candidate
+    raise KvpatchError(
+        f"this installation of kvpatch is incomplete: no patches/pins.toml beside {package}",
+        hint="install it again: pip install --force-reinstall .",
+    )
+
+
+def cache_root(override: Path | None = None) -> Path:
+    """The cache: `override` (--cache-dir), else $KVPATCH_CACHE, else the platform's cache folder."""
+    if override is not None:
+        return override.expanduser().absolute()
+    value = os.environ.get(CACHE_VARIABLE)
+    if value:
+        return Path(value).expanduser().absolute()
+    return Path(platformdirs.user_cache_dir("kvpatch", appauthor=False))

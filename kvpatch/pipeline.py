@@ -1,0 +1,265 @@
+"""The stages in order, and when each one has to run.
+
+The key of a stage is the sha256 of everything its result depends on, the key of the stage before it included, and is
+computed from the plan alone. A stage whose recorded key is the same, and whose products are still there, is fresh.
+When anything up to compile has to run, the source stages run too: they are idempotent, and they guarantee that the
+trees are in the state that the key speaks of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kvpatch import __version__, hashing, manifest
+from kvpatch.errors import KvpatchError, SourceError, UsageError
+from kvpatch.events import Events
+from kvpatch.plan import Plan, patch_sums
+from kvpatch.stages import apply, compile, fetch, generate, output, smoke
+from kvpatch.stages.context import Context, Value
+
+_STATE_SCHEMA = 1
+_LOCK_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A step of the build. `own` gives the inputs it adds to those of the stages before it."""
+
+    name: str
+    run: Callable[[Context], Value]
+    own: Callable[[Context], Any]
+    fresh: Callable[[Context, Value], bool] = lambda context, value: True
+
+
+
+def _run_manifest(context: Context) -> Value:
+    return {"path": str(_write_manifest(context))}
+
+
+def _write_manifest(context: Context) -> Path:
+    built = manifest.build(context.plan, context.values, compile.inputs(context))
+    return manifest.write(built, context.plan.out)
+
+
+def _run_compile(context: Context) -> Value:
+    value = compile.run(context)
+    # Written here already, without smoke: whatever comes next, `out` says what it is.
+    context.values["compile"] = value
+    _write_manifest(context)
+    return value
+
+
+STAGES = (
+    Stage(
+        name="fetch",
+        run=fetch.run,
+        own=lambda c: [s.key for s in (c.plan.ollama, c.plan.llama_cpp) if s is not None],
+    ),
+    Stage(
+        name="apply",
+        run=apply.run,
+        own=lambda c: [patch_sums(c.plan.ollama_patches), patch_sums(c.plan.llama_cpp_patches)],
+    ),
+    Stage(
+        name="generate",
+        run=generate.run,
+        own=lambda c: [c.plan.series_id, generate.template_context(c)],
+    ),
+    Stage(
+        name="compile",
+        run=_run_compile,
+        own=lambda c: [compile.inputs(c), None if c.plan.stock else compile.library_key(c)],
+        fresh=compile.fresh,
+    ),
+    Stage(name="smoke", run=smoke.run, own=lambda c: __version__),
+    Stage(
+        name="manifest",
+        run=_run_manifest,
+        own=lambda c: None,
+        fresh=lambda c, v: (c.plan.out / output.MANIFEST).is_file(),
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+_BEFORE_COMPILE = ("fetch", "apply", "generate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a run did: for each stage its status ("done" or "fresh") and seconds, and the values of all stages."""
+
+    stages: tuple[tuple[str, str, float], ...]
+    values: dict[str, Value]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A line of `--plan`: a stage, its key, and whether it would run."""
+
+    stage: str
+    key: str
+    fresh: bool
+
+
+def steps(plan: Plan, events: Events, *, first: str | None = None, last: str | None = None) -> tuple[Step, ...]:
+    """What `run` would do with the same arguments, in order. Nothing is run or written."""
+    context = Context(plan=plan, events=events)
+    keys = _keys(context)
+    state = _State.load(plan)
+    due = _due(context, keys, state, first, last)
+    return tuple(Step(stage=s.name, key=keys[s.name], fresh=s.name not in due) for s in _selected(last))
+
+
+def run(plan: Plan, events: Events, *, first: str | None = None, last: str | None = None) -> Outcome:
+    """Run the stages up to `last`. With `first`, that stage and all after it run even when they are fresh, and those
+    before it must be fresh.
+
+    Raises whatever a stage raises; stages that finished are remembered, so that the next run goes on from there.
+    """
+    done: list[tuple[str, str, float]] = []
+    with _locked(plan):
+        context = Context(plan=plan, events=events)
+        keys = _keys(context)
+        state = _State.load(plan)
+        due = _due(context, keys, state, first, last)
+        for stage in _selected(last):
+            began = time.monotonic()
+            if stage.name not in due:
+                context.values[stage.name] = state.value(stage.name)
+                events.stage_finished(stage.name, "fresh", 0.0)
+                done.append((stage.name, "fresh", 0.0))
+                continue
+            events.stage_started(stage.name)
+            # Until it has finished, neither this stage nor what was made from it counts as done.
+            state.forget(NAMES[NAMES.index(stage.name) :])
+            try:
+                value = stage.run(context)
+            except BaseException:
+                events.stage_finished(stage.name, "failed", time.monotonic() - began)
+                raise
+            seconds = time.monotonic() - began
+            context.values[stage.name] = value
+            state.record(stage.name, keys[stage.name], value, seconds)
+            events.stage_finished(stage.name, "done", seconds)
+            done.append((stage.name, "done", seconds))
+    return Outcome(stages=tuple(done), values=dict(context.values))
+
+
+def _selected(last: str | None) -> tuple[Stage, ...]:
+    return STAGES if last is None else STAGES[: _index(last, "--until") + 1]
+
+
+def _index(name: str, option: str) -> int:
+    if name not in NAMES:
+        raise UsageError(f"{option} {name}: no such stage", hint=f"stages in order: {', '.join(NAMES)}")
+    return NAMES.index(name)
+
+
+def _keys(context: Context) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    previous = hashing.of_value([_STATE_SCHEMA, context.plan.stock])
+    for stage in STAGES:
+        previous = hashing.of_value([previous, stage.name, stage.own(context)])
+        keys[stage.name] = previous
+    return keys
+
+
+def _due(
+    context: Context, keys: dict[str, str], state: _State, first: str | None, last: str | None
+) -> frozenset[str]:
+    selected = [stage.name for stage in _selected(last)]
+    stale = [
+        stage.name
+        for stage in _selected(last)
+        if state.key(stage.name) != keys[stage.name] or not stage.fresh(context, state.value(stage.name))
+    ]
+    if first is not None:
+        start = _index(first, "--from")
+        if first not in selected:
+            raise UsageError(f"--from {first} lies after --until {last}", hint=f"stages in order: {', '.join(NAMES)}")
+        early = [name for name in stale if NAMES.index(name) < start]
+        if early:
+            raise UsageError(
+                f"--from {first} needs the stages before it, but {early[0]} has not run with these inputs",
+                hint="leave --from out: stages with nothing to do are skipped by themselves",
+            )
+        return frozenset(name for name in selected if NAMES.index(name) >= start)
+    if not stale:
+        return frozenset()
+    start = NAMES.index(stale[0])
+    due = {name for name in selected if NAMES.index(name) >= start}
+    if "compile" in due or start < NAMES.index("compile"):
+        due.update(name for name in _BEFORE_COMPILE if name in selected)
+    return frozenset(due)
+
+
+class _State:
+    """What has been done in a workspace for one variant and one output folder, on disk after every stage."""
+
+    def __init__(self, path: Path, stages: dict[str, dict[str, Any]]) -> None:
+        self._path = path
+        self._stages = stages
+
+    @classmethod
+    def load(cls, plan: Plan) -> _State:
+        variant = hashing.of_value([plan.stock, str(plan.out)])[:12]
+        path = plan.workspace / f"state-{variant}.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            stages = raw["stages"] if raw["schema"] == _STATE_SCHEMA else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            # Absent, or torn by a crash of the machine: then nothing is known and everything is done again.
+            stages = {}
+        return cls(path, stages)
+
+    def key(self, name: str) -> str | None:
+        entry = self._stages.get(name)
+        return None if entry is None else str(entry["key"])
+
+    def value(self, name: str) -> Value:
+        value: Value = self._stages[name]["value"]
+        return value
+
+    def forget(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            self._stages.pop(name, None)
+        self._save()
+
+    def record(self, name: str, key: str, value: Value, seconds: float) -> None:
+        self._stages[name] = {"key": key, "seconds": round(seconds, 3), "value": value}
+        self._save()
+
+    def _save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"schema": _STATE_SCHEMA, "stages": self._stages}, indent=1), encoding="utf-8")
+        part.replace(self._path)
+
+
+@contextlib.contextmanager
+def _locked(plan: Plan) -> Iterator[None]:
+    # One build of a workspace at a time: the second waits, and then mostly finds everything fresh.
+    try:
+        plan.workspace.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(plan.workspace / "lock")
+        lock.acquire(timeout=_LOCK_SECONDS)
+    except Timeout as error:
+        raise KvpatchError(
+            f"another build holds {plan.workspace} for over {_LOCK_SECONDS / 60:.0f} minutes", hint="wait, or end it"
+        ) from error
+    except OSError as error:
+        raise SourceError(
+            f"cannot write to the cache {plan.workspace}: {error.strerror or error}",
+            hint="choose another place with --cache-dir or KVPATCH_CACHE",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,290 @@
+"""From what the user asked to what will be done: a Plan names every source, patch, tool and flag, and nothing has run.
+
+A Plan is built without touching a work tree. Everything that decides the result of a build is in it, so the keys of
+the stages (see pipeline.py) are computed from it alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from kvpatch import __version__, hashing, paths, pins, toolchain
+from kvpatch.errors import SourceError, UsageError
+from kvpatch.patching import Patch, load_series
+from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Resolved, Store
+
+BACKENDS = ("cpu",)
+SDIST = "sdist"
+Kind = Literal["ollama", "llama.cpp"]
+PinStatus = Literal["pinned", "verified", "mismatch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the user asked for. Neither `ollama` nor `llama_cpp`: the default release of Ollama."""
+
+    out: Path
+    ollama: str | None = None
+    llama_cpp: str | None = None
+    ollama_source: str | None = None
+    llama_cpp_source: str | None = None
+    backend: tuple[str, ...] = ("cpu",)
+    stock: bool = False
+    jobs: int | None = None
+    cache: Path | None = None
+    allow_pin_mismatch: bool = False
+    compiler_cache: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One build, fully decided.
+
+    `sources` has llama.cpp and, for kind "ollama", Ollama. `pin_status` says how the llama.cpp relates to the pin of
+    the release. `series` maps an upstream to its patches in order (empty for a stock build).
+    """
+
+    kind: Kind
+    release: pins.OllamaRelease | None
+    llama_cpp: Resolved
+    ollama: Resolved | None
+    llama_cpp_date: str
+    pin_status: PinStatus
+    warnings: tuple[str, ...]
+    llama_cpp_patches: tuple[Patch, ...]
+    ollama_patches: tuple[Patch, ...]
+    tools: tuple[toolchain.Tool, ...]
+    backend: tuple[str, ...]
+    stock: bool
+    jobs: int
+    out: Path
+    data: Path
+    cache: Path
+    compiler_cache: toolchain.Tool | None
+
+    @property
+    def name(self) -> str:
+        """Short name of what is built: ollama-v0.32.15, or llama.cpp-4df29be4f."""
+        if self.release is not None:
+            return f"ollama-{self.release.version}"
+        return f"llama.cpp-{self.llama_cpp.ref}".replace("/", "-")
+
+    @property
+    def workspace(self) -> Path:
+        """Trees, build folder, logs and state of this build.
+
+        Named by the sources and not by the patches, so that a changed patch is an incremental build.
+        """
+        sources = [self.llama_cpp.key, self.ollama.key if self.ollama else None, self.backend]
+        return self.cache / "work" / f"{self.name}-{hashing.of_value(sources)[:10]}"
+
+    @property
+    def series_id(self) -> str:
+        """Eight hex digits that name the patches and everything generated beside them."""
+        if self.stock:
+            return "stock"
+        parts = [hashing.of_paths([self.data / top], self.data) for top in ("templates", "vmm", "go_shim")]
+        return hashing.of_value([patch_sums(self.llama_cpp_patches), patch_sums(self.ollama_patches), parts])[:8]
+
+    @property
+    def version_label(self) -> str:
+        """What `ollama -v` shows: upstream's version, then, as build metadata, ours.
+
+        Build metadata (after +) does not change how versions compare, so checks of the version keep working.
+        """
+        assert self.release is not None
+        if self.stock:
+            return self.release.semver
+        label = f"{self.release.semver}+kvpatch.{__version__}.{self.series_id}"
+        return label if self.pin_status == "pinned" else f"{label}.llama.cpp-{self.llama_cpp.commit[:9]}"
+
+    def tool(self, name: str) -> toolchain.Tool:
+        """The tool called `name`; planning made sure that it is there."""
+        return next(tool for tool in self.tools if tool.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for `--plan --json` and for the lock file: no path of this machine in what decides the result."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "release": self.release.version if self.release else None,
+            "series": self.series_id,
+            "pin_status": self.pin_status,
+            "sources": [source_json(s) for s in (self.ollama, self.llama_cpp) if s is not None],
+            "patches": {
+                "ollama": patch_sums(self.ollama_patches),
+                "llama.cpp": patch_sums(self.llama_cpp_patches),
+            },
+            "tools": {tool.name: tool.version for tool in self.tools},
+            "backend": list(self.backend),
+            "kvpatch": __version__,
+        }
+
+
+def source_json(source: Resolved) -> dict[str, Any]:
+    """A source as manifest and lock show it: what it is, not where it lay."""
+    return {
+        "upstream": source.upstream,
+        "kind": source.kind,
+        "ref": source.ref,
+        "commit": source.commit,
+        "key": source.key,
+    }
+
+
+def patch_sums(patches: tuple[Patch, ...]) -> dict[str, str]:
+    """File name to sha256 of each patch."""
+    return {patch.path.name: hashing.of_file(patch.path) for patch in patches}
+
+
+def make(request: Request, *, progress: Callable[[str], None] | None = None) -> Plan:
+    """Decide everything. Reads pins, series, sources (refs only) and tools.
+
+    Raises UsageError, SourceError, ToolchainError or PatchError, before anything is built.
+    """
+    data = paths.data_dir()
+    known = pins.load(data / "patches" / "pins.toml")
+    cache = paths.cache_root(request.cache)
+    store = Store(cache / "sources")
+    _check(request)
+
+    release = None
+    ollama = None
+    if request.llama_cpp is None:
+        release = _release(known, store, request)
+        pin = Pin(ref=release.version, commit=release.commit or None, sha256=None)
+        ollama = store.resolve(OLLAMA, request.ollama_source, pin, progress=progress)
+        llama_ref = release.llama_cpp
+    else:
+        llama_ref = request.llama_cpp
+    llama_cpp = _llama_cpp(known, store, request, llama_ref, progress)
+    status, warnings = ("pinned", ()) if release is None else _pin_status(release, llama_cpp, request)
+    date = known.llama_cpp_date(llama_cpp.ref) or known.llama_cpp_date(llama_cpp.commit) or llama_cpp.date
+    if date is None:
+        raise UsageError(
+            f"the date of llama.cpp {llama_cpp.ref} is not known, so no patch can be chosen for it",
+            hint="give a git repository with that commit by --llama-cpp-source, or `--llama-cpp-source sdist`",
+        )
+
+    tools_dir = cache / "tools"
+    needed = toolchain.OLLAMA if ollama is not None else toolchain.LLAMA_CPP
+    plan = Plan(
+        kind="ollama" if ollama is not None else "llama.cpp",
+        release=release,
+        llama_cpp=llama_cpp,
+        ollama=ollama,
+        llama_cpp_date=date,
+        pin_status=status,
+        warnings=warnings,
+        llama_cpp_patches=(),
+        ollama_patches=(),
+        tools=tuple(toolchain.ensure(requirement, tools_dir, progress=progress) for requirement in needed),
+        backend=tuple(sorted(set(request.backend))),
+        stock=request.stock,
+        jobs=request.jobs or len(os.sched_getaffinity(0)),
+        out=request.out.expanduser().absolute(),
+        data=data,
+        cache=cache,
+        compiler_cache=toolchain.compiler_cache() if request.compiler_cache else None,
+    )
+    if plan.stock:
+        return plan
+    return replace(
+        plan,
+        llama_cpp_patches=load_series(data / "patches" / "llama.cpp").select(date),
+        ollama_patches=()
+        if release is None
+        else load_series(data / "patches" / "ollama" / "llama-server").select(release.semver),
+    )
+
+
+def _check(request: Request) -> None:
+    if request.ollama is not None and request.llama_cpp is not None:
+        raise UsageError(
+            "--ollama and --llama-cpp name two different things to build",
+            hint="for Ollama with another llama.cpp use --ollama with --llama-cpp-source",
+        )
+    if request.llama_cpp is not None and request.ollama_source is not None:
+        raise UsageError("--ollama-source has no meaning with --llama-cpp", hint="leave --ollama-source out")
+    for backend in request.backend:
+        if backend not in BACKENDS:
+            raise UsageError(
+                f"backend {backend!r} cannot be built by this version of kvpatch; it builds: {', '.join(BACKENDS)}",
+                hint="libkvcached has no CUDA pages yet, so a CUDA build would not be elastic",
+            )
+    if request.jobs is not None and request.jobs < 1:
+        raise UsageError(f"--jobs {request.jobs}: at least 1 is needed", hint="leave --jobs out to use every core")
+
+
+def _release(known: pins.Pins, store: Store, request: Request) -> pins.OllamaRelease:
+    wanted = request.ollama or known.default_ollama
+    try:
+        return known.release(wanted)
+    except SourceError as error:
+        if request.ollama_source is None:
+            raise
+        # The user has the repository at hand: say what it holds, not only what we know.
+        tags = store.tags(OLLAMA, request.ollama_source)
+        tag = wanted if wanted.startswith("v") else f"v{wanted}"
+        there = f"{request.ollama_source} has the tag" if tag in tags else f"{request.ollama_source} has no such tag"
+        stable = [t for t in tags if t.startswith("v") and "-" not in t]
+        nearby = ", ".join(pins.nearest(tag, sorted(stable, key=pins.version_key)))
+        raise SourceError(
+            f"{error.message}; {there}" + (f" (nearest it has: {nearby})" if nearby else ""),
+            hint=error.hint,
+            data=error.data,
+        ) from error
+
+
+def _llama_cpp(
+    known: pins.Pins,
+    store: Store,
+    request: Request,
+    ref: str,
+    progress: Callable[[str], None] | None,
+) -> Resolved:
+    spec = request.llama_cpp_source
+    listed = [s for s in known.sdists if ref in (s.version, SDIST) or _same_commit(s.commit, ref)]
+    if spec is None and request.llama_cpp is not None and listed:
+        spec = SDIST
+    if spec is not None and spec.split(":", 1)[0] == SDIST:
+        chosen = spec.partition(":")[2] or None
+        sdist = known.sdist(chosen if chosen and "/" not in chosen else (listed[0].version if listed else None))
+        if request.llama_cpp is not None and not listed:
+            raise SourceError(
+                f"llama.cpp {ref} is not what the source distribution {sdist.version} holds ({sdist.commit})",
+                hint=f"--llama-cpp {sdist.commit}, or another --llama-cpp-source",
+            )
+        pin = Pin(ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256)
+        return store.resolve(LLAMA_CPP, spec, pin, progress=progress)
+    return store.resolve(LLAMA_CPP, spec, Pin(ref=ref, commit=None, sha256=None), progress=progress)
+
+
+def _pin_status(
+    release: pins.OllamaRelease, llama_cpp: Resolved, request: Request
+) -> tuple[PinStatus, tuple[str, ...]]:
+    if llama_cpp.kind in ("git", "mirror") and llama_cpp.ref == release.llama_cpp:
+        return "pinned", ()
+    shown = f"llama.cpp {llama_cpp.commit[:9]} ({llama_cpp.kind})"
+    if any(_same_commit(llama_cpp.commit, commit) for commit in release.verified_with):
+        return "verified", (
+            f"{shown} is not {release.llama_cpp}, which Ollama {release.version} pins; it is verified with this release",
+        )
+    if request.allow_pin_mismatch:
+        return "mismatch", (
+            f"{shown} is neither {release.llama_cpp}, which Ollama {release.version} pins, nor verified with it",
+        )
+    raise SourceError(
+        f"{shown} is neither {release.llama_cpp}, which Ollama {release.version} pins, nor one verified with it"
+        + (f" ({', '.join(release.verified_with)})" if release.verified_with else ""),
+        hint="give the pinned llama.cpp by --llama-cpp-source, or accept this one with --allow-pin-mismatch",
+    )
+
+
+def _same_commit(one: str, other: str) -> bool:
+    shorter = min(len(one), len(other))
+    return shorter >= 9 and one[:shorter] == other[:shorter]

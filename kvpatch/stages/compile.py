@@ -1,0 +1,194 @@
+"""Stage compile: libkvcached, then llama-server by itself or the whole of Ollama, staged in upstream's layout.
+
+The flags are upstream's own for the same thing; what kvpatch adds is the source override, the version label, and the
+path prefix map that keeps the workspace's path out of the binaries (so that they do not depend on where it lies).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from kvpatch import hashing, process
+from kvpatch.errors import CompileError
+from kvpatch.stages import output
+from kvpatch.stages.context import Context, Value
+
+LIBRARY = "libkvcached.so"
+_STEP = re.compile(r"^\[(\d+)/(\d+)\]")
+
+# A server and its libraries, nothing else; the embedded web page would be downloaded, so it is left out.
+LLAMA_CPP_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DGGML_NATIVE=ON",
+    "-DGGML_OPENMP=OFF",
+    "-DGGML_CCACHE=OFF",
+    "-DLLAMA_BUILD_COMMON=ON",
+    "-DLLAMA_BUILD_TOOLS=ON",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_SUBPROCESS=OFF",
+    "-DLLAMA_TOOLS_INSTALL=OFF",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+)
+# No GPU backend named: every x86 variant of the CPU backend, loaded at run time, as in upstream's release.
+OLLAMA_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DOLLAMA_LLAMA_BACKENDS=",
+    "-DOLLAMA_MLX_BACKENDS=",
+    "-DGGML_CCACHE=OFF",
+)
+LIBRARY_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", f"-Wl,-soname,{LIBRARY}")
+
+
+def inputs(context: Context) -> dict[str, object]:
+    """What the result depends on besides the trees: flags, tools, and how they are called."""
+    plan = context.plan
+    return {
+        "flags": OLLAMA_FLAGS if plan.ollama else LLAMA_CPP_FLAGS,
+        "library": LIBRARY_FLAGS,
+        "tools": {tool.name: tool.version for tool in plan.tools},
+        "label": plan.version_label if plan.release else None,
+    }
+
+
+def run(context: Context) -> Value:
+    """Compile, stage, and put the result in the plan's `out`. Raises CompileError with the last lines of the log."""
+    plan = context.plan
+    output.check_replaceable(plan.out)
+    context.log("compile").unlink(missing_ok=True)
+    shutil.rmtree(context.staging_dir, ignore_errors=True)
+    try:
+        if plan.ollama is not None:
+            _ollama(context)
+            target = context.staging_dir / "lib" / "ollama"
+        else:
+            _llama_cpp(context)
+            target = context.staging_dir / "bin"
+        if not plan.stock:
+            _library(context, target / LIBRARY)
+    except process.ProcessFailure as failure:
+        raise CompileError(
+            f"`{failure.argv[0]}` failed while compiling {plan.name}:\n{failure.tail}",
+            hint=f"the whole log is {context.log('compile')}",
+        ) from failure
+    artifacts = output.describe(context.staging_dir)
+    if not artifacts:
+        raise CompileError(f"the build of {plan.name} left nothing in {context.staging_dir}")
+    output.replace(context.staging_dir, plan.out)
+    return {"artifacts": artifacts, "out": str(plan.out)}
+
+
+def environment(context: Context) -> dict[str, str]:
+    """Variables for configuring and building; nested CMake projects take their first values from here too."""
+    plan = context.plan
+    prefix = f"-ffile-prefix-map={plan.workspace}=."
+    env = {
+        "CC": str(plan.tool("cc").path),
+        "CXX": str(plan.tool("c++").path),
+        "CFLAGS": prefix,
+        "CXXFLAGS": prefix,
+        "GOFLAGS": "-buildvcs=false",
+        "GOTOOLCHAIN": "local",
+        # A work tree below a user's repository must not be taken for part of it.
+        "GIT_CEILING_DIRECTORIES": str(plan.workspace),
+    }
+    if plan.compiler_cache is not None:
+        launcher = str(plan.compiler_cache.path)
+        env |= {
+            "CMAKE_C_COMPILER_LAUNCHER": launcher,
+            "CMAKE_CXX_COMPILER_LAUNCHER": launcher,
+            "CCACHE_BASEDIR": str(plan.workspace),
+            "CCACHE_NOHASHDIR": "1",
+        }
+    return env
+
+
+def _library(context: Context, target: Path) -> None:
+    sources = context.plan.data / "vmm"
+    context.detail("compile", LIBRARY)
+    context.library_dir.mkdir(parents=True, exist_ok=True)
+    built = context.library_dir / LIBRARY
+    files = sorted(path.relative_to(sources).as_posix() for path in (sources / "src").glob("*.c"))
+    # Relative names from inside vmm/, so that its own path stays out of the binary.
+    process.run(
+        [context.plan.tool("cc").path, *LIBRARY_FLAGS, "-Iinclude", "-o", built, *files, "-lpthread"],
+        cwd=sources,
+        log=context.log("compile"),
+    )
+    shutil.copy2(built, target)
+
+
+def _llama_cpp(context: Context) -> None:
+    plan = context.plan
+    cmake = plan.tool("cmake").path
+    _cmake(
+        context,
+        [cmake, "-S", context.llama_cpp_tree, "-B", context.build_dir, "-G", "Ninja",
+         f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}", *LLAMA_CPP_FLAGS, *_build_info(context)],
+    )
+    _cmake(context, [cmake, "--build", context.build_dir, "--target", "llama-server", "--parallel", str(plan.jobs)])
+    target = context.staging_dir / "bin"
+    target.mkdir(parents=True)
+    for path in sorted((context.build_dir / "bin").iterdir()):
+        if path.name == "llama-server" or ".so" in path.name:
+            shutil.copy2(path, target / path.name, follow_symlinks=False)
+
+
+def _ollama(context: Context) -> None:
+    plan = context.plan
+    cmake = plan.tool("cmake").path
+    payload = plan.workspace / "payload"
+    shutil.rmtree(payload, ignore_errors=True)
+    _cmake(
+        context,
+        [cmake, "-S", context.ollama_tree, "-B", context.build_dir, "-G", "Ninja",
+         f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
+         *OLLAMA_FLAGS,
+         *_build_info(context),
+         f"-DOLLAMA_VERSION={plan.version_label}",
+         f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={context.llama_cpp_tree}",
+         f"-DOLLAMA_PAYLOAD_INSTALL_PREFIX={payload}",
+         f"-DOLLAMA_GO_OUTPUT={context.build_dir / 'go' / 'ollama'}",
+         f"-DGO_EXECUTABLE={plan.tool('go').path}",
+         f"-DOLLAMA_BUILD_PARALLEL={plan.jobs}"],
+    )
+    _cmake(context, [cmake, "--build", context.build_dir, "--parallel", str(plan.jobs)])
+    _cmake(
+        context,
+        [cmake, "--install", context.build_dir, "--prefix", context.staging_dir, "--component", "ollama-local"],
+    )
+
+
+def _build_info(context: Context) -> list[str]:
+    # Upstream's own commit and number: with git's answer for the patched tree, each changed hook would relink all.
+    ref = context.plan.llama_cpp.ref
+    number = ref[1:] if re.fullmatch(r"b\d+", ref) else "0"
+    return [f"-DLLAMA_BUILD_COMMIT={context.plan.llama_cpp.commit[:9]}", f"-DLLAMA_BUILD_NUMBER={number}"]
+
+
+def _cmake(context: Context, argv: list[str | Path]) -> None:
+    def on_line(line: str) -> None:
+        step = _STEP.match(line)
+        if step:
+            context.detail("compile", f"{step.group(1)} of {step.group(2)}")
+
+    process.run(argv, env=environment(context), log=context.log("compile"), on_line=on_line)
+
+
+def fresh(context: Context, value: Value) -> bool:
+    """Whether the artifacts that an earlier run left in `out` are still there, by size and time."""
+    return value["out"] == str(context.plan.out) and output.unchanged(context.plan.out, value["artifacts"])
+
+
+def library_key(context: Context) -> str:
+    """Content of vmm/, which the C library is built from."""
+    return hashing.of_paths([context.plan.data / "vmm" / "src", context.plan.data / "vmm" / "include"], context.plan.data)

@@ -1,0 +1,58 @@
+"""Keeps the modification times of files whose content comes out the same.
+
+Fetching resets patched files to upstream's content and the next stages patch them again. Without care each would look
+new to ninja and go. So before a tree is touched the hash and time of every file that may change is recorded, and after
+the last source stage files with the same bytes get their old time back (the idea is Electron's patches-mtime-cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import git
+
+from kvpatch import hashing
+
+_RECORD = Path(".kvpatch") / "mtimes.json"
+
+
+def record(tree: Path) -> None:
+    """Remember hash and time of the files that differ from upstream's commit. Keeps a record not yet used."""
+    if not (tree / ".git").exists():
+        return
+    path = tree / _RECORD
+    known: dict[str, list[object]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in _touched(tree):
+        file = tree / name
+        if file.is_file() and not file.is_symlink():
+            known.setdefault(name, [hashing.of_file(file), file.stat().st_mtime_ns])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(known), encoding="utf-8")
+
+
+def restore(tree: Path) -> int:
+    """Give files whose bytes equal the record their old time; returns how many. Drops the record."""
+    path = tree / _RECORD
+    if not path.is_file():
+        return 0
+    kept = 0
+    for name, (digest, mtime) in json.loads(path.read_text(encoding="utf-8")).items():
+        file = tree / name
+        if file.is_file() and hashing.of_file(file) == digest:
+            os.utime(file, ns=(file.stat().st_atime_ns, mtime))
+            kept += 1
+    path.unlink()
+    return kept
+
+
+def _touched(tree: Path) -> set[str]:
+    repo = git.Repo(tree)
+    root = repo.git.rev_list("--max-parents=0", "HEAD").split()
+    names = set(repo.git.diff("--name-only", "-z", root[-1], "HEAD").split("\0")) if len(root) == 1 else set()
+    names |= set(repo.git.diff("--name-only", "-z", "HEAD").split("\0"))
+    names |= set(repo.git.ls_files("--others", "--exclude-standard", "-z").split("\0"))
+    repo.close()
+    names.discard("")
+    return names

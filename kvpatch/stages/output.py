@@ -1,0 +1,82 @@
+"""The output folder: what is in it, and how a new build takes the place of an old one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from kvpatch import hashing
+from kvpatch.errors import CompileError, UsageError
+
+MANIFEST = "kvpatch.json"
+
+
+def describe(root: Path) -> list[dict[str, Any]]:
+    """Every file and link below `root`, sorted: path, size in bytes and sha256, or the link's target."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if name == MANIFEST:
+            continue
+        if path.is_symlink():
+            rows.append({"path": name, "link": os.readlink(path)})
+        elif path.is_file():
+            rows.append({"path": name, "size": path.stat().st_size, "sha256": hashing.of_file(path),
+                         "mtime_ns": path.stat().st_mtime_ns})
+    return rows
+
+
+def unchanged(root: Path, artifacts: list[dict[str, Any]]) -> bool:
+    """Whether `root` still holds what `describe` said, judged by size and time (cheap; `kvpatch verify` hashes)."""
+    for row in artifacts:
+        path = root / row["path"]
+        if "link" in row:
+            if not path.is_symlink() or os.readlink(path) != row["link"]:
+                return False
+            continue
+        try:
+            status = path.lstat()
+        except OSError:
+            return False
+        if status.st_size != row["size"] or status.st_mtime_ns != row["mtime_ns"]:
+            return False
+    return True
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise UsageError unless `out` is absent, empty, or an earlier build of ours."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"--out {out} is not a folder", hint="name another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UsageError(
+            f"--out {out} holds files that are not from kvpatch (no {MANIFEST}); they would be lost",
+            hint="name an empty or new folder",
+        )
+
+
+def replace(staging: Path, out: Path) -> None:
+    """Put a copy of `staging` where `out` is; an older build stays in place until the copy is complete.
+
+    Raises CompileError when the copy cannot be made; `out` is then as it was.
+    """
+    fresh = out.with_name(f".{out.name}.new")
+    old = out.with_name(f".{out.name}.old")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(staging, fresh, symlinks=True)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise CompileError(
+            f"cannot write the build to {out}: {error.strerror or error}",
+            hint="free space or give another --out; what was compiled is kept, so building again is quick",
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)

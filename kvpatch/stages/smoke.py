@@ -1,0 +1,27 @@
+"""Stage smoke: run what was built."""
+
+from __future__ import annotations
+
+from kvpatch import smoke
+from kvpatch.errors import SmokeError
+from kvpatch.stages.context import Context, Value
+
+
+def run(context: Context) -> Value:
+    """Smoke-test the output folder. Raises SmokeError with the report when a check fails."""
+    plan = context.plan
+    install = smoke.Install.detect(plan.out)
+    report = smoke.run(
+        install,
+        workdir=plan.workspace / "smoke",
+        progress=lambda text: context.detail("smoke", text),
+    )
+    if not report.ok:
+        failed = [check.name for check in report.checks if not check.ok]
+        raise SmokeError(
+            f"{len(failed)} of {len(report.checks)} smoke checks failed: {', '.join(failed)}\n"
+            + "\n".join(report.lines()),
+            hint=f"logs are in {plan.workspace / 'smoke'}; run them alone with `kvpatch smoke {plan.out}`",
+            data={"report": report.to_json()},
+        )
+    return {"report": report.to_json()}
