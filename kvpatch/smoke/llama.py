@@ -1,0 +1,308 @@
+"""Talking to llama-server: how it is started for a check, what it answers, and what its memory looks like
+meanwhile.
+
+A *session* is one life of a server: a fixed list of requests, with the memory of its cache read at named
+moments. Two sessions that differ only in the elastic cache being on must give the same answers;
+`llama_checks` compares them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvpatch.smoke import smaps
+from kvpatch.smoke.install import Install
+from kvpatch.smoke.models import TinyModel, prompt_ids
+from kvpatch.smoke.report import CheckFailed
+from kvpatch.smoke.server import Server, ServerSpec, serve
+
+STEP_CELLS = 256  # llama.cpp reads its cache in multiples of this many cells
+_ALTERNATIVES = 3
+_SETTLE_SECONDS = 1.0
+_HOLD_SECONDS = 1.2
+_POLL_SECONDS = 0.02
+
+_REGION = re.compile(r"kvcached: region base=0x([0-9a-f]+) size=(\d+) name=(.*)")
+_MAPPED = re.compile(r"kvcached: mapped = (\d+) reserved = (\d+)")
+SHIFT_LINE = "slot context shift"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """What a server is started with. `shift`: context shift is on."""
+
+    name: str
+    model: TinyModel
+    flash: bool
+    cells: int = 8192
+    shift: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elastic:
+    """The elastic cache's settings; `undercommit` pages too few are mapped on purpose, `limit` as a user
+    writes it."""
+
+    on: bool
+    undercommit: int = 0
+    limit: str | None = None
+
+    def env(self) -> dict[str, str]:
+        env = {"OLLAMA_KVCACHED_ENABLED": "true" if self.on else "false"}
+        if self.undercommit:
+            env["KVCACHED_TEST_UNDERCOMMIT_PAGES"] = str(self.undercommit)
+        if self.limit is not None:
+            env["OLLAMA_KVCACHED_MEMORY_GB"] = self.limit
+        return env
+
+
+OFF = Elastic(on=False)
+ON = Elastic(on=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One completion: `prompt` word ids of pattern `salt`, `answer` tokens to be generated."""
+
+    prompt: int
+    answer: int
+    salt: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """Generated token ids, and for each the probabilities of it and its best alternatives as (id, log
+    probability)."""
+
+    tokens: tuple[int, ...]
+    alternatives: tuple[tuple[tuple[int, float], ...], ...]
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """Cache bytes at a moment: as logged by the server (`mapped`, `reserved`), and as the kernel reports them
+    for the logged address ranges (`usable`; `held_min`..`held_max` physically present). `cells`: cells that
+    hold tokens."""
+
+    moment: str
+    mapped: int
+    reserved: int
+    usable: int
+    held_min: int
+    held_max: int
+    cells: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What one life of a server showed. `samples` is empty for one whose cache is not elastic."""
+
+    config: Config
+    answers: tuple[Answer, ...]
+    samples: tuple[Sample, ...]
+    erase_seconds: float | None
+    shifts: int
+    elastic_lines: int
+    log: Path
+    logs: Mapping[str, str] = field(default_factory=dict)
+
+    def sample(self, moment: str) -> Sample:
+        return next(s for s in self.samples if s.moment == moment)
+
+    def failed(self, detail: str, **figures: int | float | str) -> CheckFailed:
+        return CheckFailed(detail, figures=figures, logs=self.logs)
+
+
+def server_spec(install: Install, config: Config, elastic: Elastic, folder: Path) -> ServerSpec:
+    """A llama-server with one slot (equality is claimed for one slot only) that may be erased."""
+    saves = folder / "slots"
+    saves.mkdir(parents=True, exist_ok=True)
+
+    def argv(port: int) -> Sequence[str | Path]:
+        return [
+            install.llama_server,
+            *("--model", config.model.path, "--host", "127.0.0.1", "--port", str(port)),
+            *(
+                "-c",
+                str(config.cells),
+                "-np",
+                "1",
+                "-t",
+                "2",
+                "-tb",
+                "2",
+                "-fa",
+                "on" if config.flash else "off",
+            ),
+            *("--no-webui", "--offline", "--slot-save-path", saves, "--cache-ram", "0"),
+            *("--log-verbosity", "4", "--no-log-prefix", "--no-log-timestamps"),
+            *(("--context-shift",) if config.shift else ("--no-context-shift",)),
+        ]
+
+    return ServerSpec(
+        name=f"llama-server-{'on' if elastic.on else 'off'}",
+        argv=argv,
+        ready_path="/health",
+        env=lambda port: elastic.env(),
+    )
+
+
+def complete(server: Server, ask: Ask, *, timeout: float = 120.0) -> Answer:
+    """One greedy completion. Raises CheckFailed for a bad answer, or one of another length than asked for."""
+    body = server.json("POST", "/completion", json=_completion_body(ask), timeout=timeout)
+    tokens = body.get("tokens")
+    probabilities = body.get("completion_probabilities")
+    if not isinstance(tokens, list) or not isinstance(probabilities, list):
+        raise server.failed(f"/completion answered without tokens or probabilities: keys {sorted(body)}")
+    if len(tokens) != ask.answer or len(probabilities) != ask.answer:
+        raise server.failed(
+            f"/completion gave {len(tokens)} tokens and {len(probabilities)} probabilities, not {ask.answer}"
+        )
+    return Answer(
+        tokens=tuple(int(t) for t in tokens),
+        alternatives=tuple(_alternatives(p) for p in probabilities),
+        text=str(body.get("content", "")),
+        truncated=bool(body.get("truncated", False)),
+    )
+
+
+def _completion_body(ask: Ask) -> dict[str, object]:
+    return {
+        "prompt": prompt_ids(ask.prompt, ask.salt),
+        "n_predict": ask.answer,
+        "temperature": 0,
+        "seed": 1,
+        "cache_prompt": True,
+        "return_tokens": True,
+        "n_probs": _ALTERNATIVES,
+    }
+
+
+def refused(server: Server, ask: Ask, *, timeout: float = 120.0) -> tuple[int, str]:
+    """Status and error message of a completion that must be refused. Raises CheckFailed when it is not, or
+    when the answer is no JSON error."""
+    response = server.request("POST", "/completion", json=_completion_body(ask), timeout=timeout)
+    if response.status_code < 400:
+        raise server.failed(
+            f"a completion of {ask.prompt} tokens was answered {response.status_code}, not refused"
+        )
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise server.failed(f"the refusal is no JSON error: {response.text[:300]}") from error
+    return response.status_code, message
+
+
+def erase(server: Server) -> None:
+    """Forget the slot's cache."""
+    server.json("POST", "/slots/0?action=erase", json={}, timeout=10.0)
+
+
+def _alternatives(entry: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(entry, dict):
+        raise CheckFailed(f"unexpected entry in completion_probabilities: {entry!r}")
+    top = entry.get("top_logprobs", [])
+    return tuple((int(t["id"]), float(t["logprob"])) for t in (entry, *top))
+
+
+def log_figures(text: str) -> tuple[tuple[smaps.Range, ...], int, int] | None:
+    """Address ranges, mapped and reserved bytes by a server's log (the latest figures); None without an
+    elastic cache."""
+    ranges = tuple(smaps.Range(start=int(m[1], 16), size=int(m[2])) for m in _REGION.finditer(text))
+    if not ranges:
+        return None
+    reserved = sum(r.size for r in ranges)
+    lines = _MAPPED.findall(text)
+    mapped, logged = map(int, lines[-1]) if lines else (0, reserved)
+    return ranges, mapped, logged
+
+
+def sample(server: Server, moment: str, cells: int, *, settle: float = _SETTLE_SECONDS) -> Sample | None:
+    """Read the cache's memory now. The log is written by a thread of its own: up to `settle` seconds are
+    allowed until its latest figure is what the kernel shows. Beyond that the two are returned as they
+    differ."""
+    deadline = time.monotonic() + settle
+    while True:
+        figures = log_figures(server.log_text())
+        if figures is None:
+            return None
+        ranges, mapped, reserved = figures
+        try:
+            usage = smaps.usage(smaps.read(server.pid), ranges)
+        except OSError as error:
+            raise server.failed(f"cannot read the memory of {server.name}: {error}") from error
+        if usage.usable == mapped or time.monotonic() > deadline:
+            return Sample(
+                moment=moment,
+                mapped=mapped,
+                reserved=reserved,
+                usable=usage.usable,
+                held_min=usage.held_min,
+                held_max=usage.held_max,
+                cells=cells,
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def run_session(
+    install: Install,
+    config: Config,
+    elastic: Elastic,
+    asks: Sequence[Ask],
+    folder: Path,
+    *,
+    erase_then: Ask | None = None,
+) -> Session:
+    """Start a server, ask `asks` one after another and stop it. Moments sampled: "start", then "ask 1", "ask
+    2", ...; with `erase_then` the last answer is followed by "held" (after 1.2 s without a request), an
+    erasure of the slot, "erased" (at most 1 s later, no request in between) and one more completion."""
+    answers: list[Answer] = []
+    samples: list[Sample | None] = []
+    erase_seconds: float | None = None
+    with serve(server_spec(install, config, elastic, folder), folder) as server:
+        samples.append(sample(server, "start", 0))
+        cells = 0
+        for number, ask in enumerate(asks, 1):
+            answers.append(complete(server, ask))
+            # The last token generated is not in the cache yet.
+            cells = min(ask.prompt + ask.answer - 1, config.cells)
+            samples.append(sample(server, f"ask {number}", cells))
+        if erase_then is not None:
+            if elastic.on:
+                time.sleep(_HOLD_SECONDS)
+                samples.append(sample(server, "held", cells))
+            erase(server)
+            begin = time.monotonic()
+            erased = _watch_fall(server, begin + 1.0)
+            erase_seconds = time.monotonic() - begin
+            samples.append(erased)
+            answers.append(complete(server, erase_then))
+        if server.returncode() is not None:
+            raise server.failed(f"{server.name} ended by itself")
+        logs = server.logs()
+    text = server.log_text()
+    return Session(
+        config=config,
+        answers=tuple(answers),
+        samples=tuple(s for s in samples if s is not None),
+        erase_seconds=erase_seconds,
+        shifts=text.count(SHIFT_LINE),
+        elastic_lines=sum("kvcached:" in line for line in text.splitlines()),
+        log=server.log,
+        logs=logs,
+    )
+
+
+def _watch_fall(server: Server, deadline: float) -> Sample | None:
+    """Read the memory until no page of the cache is mapped, or until `deadline`."""
+    while True:
+        now = sample(server, "erased", 0, settle=0.0)
+        if now is None or (now.mapped == 0 and now.usable == 0) or time.monotonic() > deadline:
+            return now
+        time.sleep(_POLL_SECONDS)

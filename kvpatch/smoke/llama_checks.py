@@ -1,0 +1,401 @@
+"""What must hold for llama-server: equal answers with the elastic cache off and on, memory that follows use,
+refusals that name their reason, and proof that these checks can fail."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvpatch.smoke import models
+from kvpatch.smoke.install import Install
+from kvpatch.smoke.llama import (
+    OFF,
+    ON,
+    STEP_CELLS,
+    Answer,
+    Ask,
+    Config,
+    Elastic,
+    Sample,
+    Session,
+    complete,
+    log_figures,
+    refused,
+    run_session,
+    sample,
+    server_spec,
+)
+from kvpatch.smoke.report import CheckFailed, Figure, Outcome, Recorder
+from kvpatch.smoke.server import ServerDied, describe_end, serve, start_and_wait_end
+
+LEAST_DISTINCT = 32
+_START_SHARE = 10  # "far below reserved": at most a tenth of it
+_PAGE = 4096
+_SHORT = Ask(prompt=100, answer=96)
+_ASKS = (_SHORT, Ask(prompt=1200, answer=64, salt=1), Ask(prompt=5000, answer=64, salt=2))
+_SHIFT_CELLS = 512
+_SHIFT_ASKS = (Ask(prompt=100, answer=700),)
+_CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGBUS})  # what touching a page that is not mapped ends in
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """The models of one smoke run; `first` and `second` differ in their seed only."""
+
+    first: models.TinyModel
+    second: models.TinyModel
+    sliding: models.TinyModel
+
+
+def make_models(folder: Path) -> Models:
+    return Models(
+        first=models.tiny_llama(folder / "llama-1.gguf", 1),
+        second=models.tiny_llama(folder / "llama-2.gguf", 2),
+        sliding=models.tiny_swa(folder / "sliding-1.gguf", 1),
+    )
+
+
+def llama_checks(
+    recorder: Recorder, install: Install, made: Models, folder: Path, *, self_test: bool
+) -> None:
+    """All checks of a llama-server. With `self_test`, more than one configuration must be seen to fail when
+    pages are left out."""
+    main = Config(name="llama, -fa on", model=made.first, flash=True)
+    plain = Config(name="llama, -fa off", model=made.first, flash=False)
+    other = Config(name="llama, second seed", model=made.second, flash=True)
+    sliding = Config(name="sliding window, -fa on", model=made.sliding, flash=True)
+    sliding_plain = Config(name="sliding window, -fa off", model=made.sliding, flash=False)
+    references: dict[str, Session] = {}
+    for config in (main, plain, other, sliding, sliding_plain):
+        asks = _ASKS if config is main else _ASKS[:2]
+        _pair(recorder, install, config, asks, folder, references)
+    if main.name in references and other.name in references:
+        recorder.run(
+            "answers: rich, and different for two seeds",
+            lambda: _rich(references[main.name].answers, references[other.name].answers),
+        )
+    for flash in (True, False):
+        config = Config(
+            name=f"context shift, -fa {'on' if flash else 'off'}",
+            model=made.first,
+            flash=flash,
+            cells=_SHIFT_CELLS,
+            shift=True,
+        )
+        _pair(recorder, install, config, _SHIFT_ASKS, folder, references)
+    if main.name in references:
+        recorder.run(
+            "limit: refused above it, unharmed below it",
+            lambda: _limited(install, main, references[main.name].answers[0], folder),
+        )
+    recorder.run("setting: a bad value is refused", lambda: _bad_value(install, main, folder))
+    for config in (plain, sliding_plain) if self_test else (plain,):
+        if config.name in references:
+            recorder.run(
+                f"smoke can fail: {config.name}, one page too few",
+                partial(_must_fail, install, config, references[config.name], _ASKS[:2], folder),
+            )
+
+
+def _pair(
+    recorder: Recorder,
+    install: Install,
+    config: Config,
+    asks: Sequence[Ask],
+    folder: Path,
+    references: dict[str, Session],
+) -> None:
+    """One configuration with the cache off and on, and what the two must have shown."""
+    found: dict[bool, Session] = {}
+
+    def both() -> Outcome:
+        for elastic in (OFF, ON):
+            found[elastic.on] = run_session(install, config, elastic, asks, folder, erase_then=asks[0])
+        references[config.name] = found[False]
+        return same_answers(found[False], found[True])
+
+    recorder.run(f"tokens equal: {config.name}", both)
+    if len(found) < 2:
+        return
+    on = found[True]
+    recorder.run(f"off is stock: {config.name}", lambda: _off_is_stock(found[False], on))
+    if config.shift:
+        recorder.run(f"context shift ran: {config.name}", lambda: _shifted(found[False], on))
+    if config.flash and not config.model.shape.window and not config.shift:
+        recorder.run(f"memory at start: {config.name}", lambda: memory_at_start(on))
+        recorder.run(f"memory grows with the prompt: {config.name}", lambda: memory_grows(on))
+        recorder.run(f"memory kept after a request: {config.name}", lambda: memory_kept(on))
+    recorder.run(f"memory falls when the slot is erased: {config.name}", lambda: memory_falls(on))
+    recorder.run(f"memory as the kernel sees it: {config.name}", lambda: memory_witnessed(on))
+
+
+def same_answers(reference: Session, tried: Session) -> Outcome:
+    """Token ids and the probabilities printed for them and their alternatives must be equal, to the last
+    digit. What is asked again after the slot was erased must be answered as it was on the fresh server."""
+    compared = 0
+    for number, (a, b) in enumerate(zip(reference.answers, tried.answers, strict=True), 1):
+        where = first_difference(a.tokens, b.tokens)
+        if where is not None:
+            raise tried.failed(
+                f"answer {number} differs from token {where + 1} on: {_around(a.tokens, where)} off, "
+                f"{_around(b.tokens, where)} on"
+            )
+        if a.alternatives != b.alternatives:
+            at = next(
+                i
+                for i, pair in enumerate(zip(a.alternatives, b.alternatives, strict=True))
+                if pair[0] != pair[1]
+            )
+            raise tried.failed(
+                f"answer {number} has equal tokens, but other probabilities from token {at + 1} on: "
+                f"{a.alternatives[at]} off, {b.alternatives[at]} on"
+            )
+        compared += len(a.tokens)
+    if tried.answers[0].tokens != tried.answers[-1].tokens:
+        raise tried.failed(
+            "after erasing the slot, the first prompt is answered otherwise than on the fresh server"
+        )
+    return Outcome(
+        f"{compared} tokens and their probabilities in {len(tried.answers)} answers",
+        {"tokens": compared, "answers": len(tried.answers), "distinct": distinct(tried.answers)},
+    )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first element in which two sequences differ (or at which one ends), or None."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def distinct(answers: Sequence[Answer]) -> int:
+    """The fewest distinct tokens that any of the answers has."""
+    return min(len(set(a.tokens)) for a in answers)
+
+
+def _around(tokens: Sequence[int], index: int) -> str:
+    return str(list(tokens[max(0, index - 2) : index + 3]))
+
+
+def _off_is_stock(off: Session, on: Session) -> Outcome:
+    if off.elastic_lines or off.samples:
+        raise off.failed(
+            f"switched off, the server still logs {off.elastic_lines} lines about the elastic cache"
+        )
+    if not on.samples:
+        raise on.failed("switched on, the server logs no address range of an elastic cache")
+    return Outcome(
+        f"no line about the elastic cache when off, {on.elastic_lines} when on", {"lines": on.elastic_lines}
+    )
+
+
+def _rich(first: Sequence[Answer], second: Sequence[Answer]) -> Outcome:
+    figures: dict[str, Figure] = {"distinct, seed 1": distinct(first), "distinct, seed 2": distinct(second)}
+    for name, answers in (("first", first), ("second", second)):
+        if distinct(answers) < LEAST_DISTINCT:
+            raise CheckFailed(
+                f"an answer of the {name} model has {distinct(answers)} distinct tokens of {LEAST_DISTINCT}: "
+                "equality of such answers would show little",
+                figures=figures,
+            )
+    if first[0].tokens == second[0].tokens:
+        raise CheckFailed("two models of different seeds answer alike", figures=figures)
+    return Outcome(f"at least {min(distinct(first), distinct(second))} distinct tokens an answer", figures)
+
+
+def _shifted(off: Session, on: Session) -> Outcome:
+    for session in (off, on):
+        if not session.shifts or not session.answers[0].truncated:
+            raise session.failed(
+                f"context shift did not run: {session.shifts} log lines say so, "
+                f"truncated is {session.answers[0].truncated}"
+            )
+    if off.shifts != on.shifts:
+        raise on.failed(f"{off.shifts} shifts with the cache off, {on.shifts} on")
+    generated = len(on.answers[0].tokens)
+    return Outcome(
+        f"{on.shifts} shifts in {on.config.cells} cells", {"shifts": on.shifts, "tokens": generated}
+    )
+
+
+def memory_at_start(session: Session) -> Outcome:
+    """Reserved is what the whole context takes; mapped is at most a tenth of it."""
+    start = session.sample("start")
+    full = session.config.model.cache_bytes(session.config.cells)
+    if start.reserved < full:
+        raise session.failed(f"{start.reserved} bytes reserved, the context takes {full}", **_figures(start))
+    if start.mapped * _START_SHARE > start.reserved:
+        raise session.failed(
+            f"{start.mapped} bytes mapped at start, more than a tenth of the {start.reserved} reserved",
+            **_figures(start),
+        )
+    return Outcome(f"{start.mapped} of {start.reserved} bytes mapped", _figures(start))
+
+
+def memory_grows(session: Session) -> Outcome:
+    """After each (longer) prompt at least its cells are mapped, and at most three steps more than those."""
+    model = session.config.model
+    asked = [s for s in session.samples if s.moment.startswith("ask ")]
+    figures: dict[str, Figure] = {}
+    before = session.sample("start")
+    for now in asked:
+        figures.update({f"{now.moment}: cells": now.cells, f"{now.moment}: mapped": now.mapped})
+        least = model.cache_bytes(now.cells)
+        padded = -(-now.cells // STEP_CELLS) * STEP_CELLS
+        most = model.cache_bytes(padded + 2 * STEP_CELLS) + 2 * model.shape.layers * _PAGE
+        if not least <= now.mapped <= most:
+            raise session.failed(
+                f"{now.mapped} bytes mapped with {now.cells} cells in use, expected {least} to {most}",
+                **figures,
+            )
+        if now.mapped <= before.mapped:
+            raise session.failed(f"mapped did not grow: {before.mapped}, then {now.mapped}", **figures)
+        before = now
+    return Outcome(" < ".join(str(s.mapped) for s in asked) + " bytes", figures)
+
+
+def memory_kept(session: Session) -> Outcome:
+    """A while after a request has finished its pages are still mapped."""
+    last = [s for s in session.samples if s.moment.startswith("ask ")][-1]
+    held = session.sample("held")
+    if held.mapped != last.mapped:
+        raise session.failed(
+            f"{last.mapped} bytes after the request, {held.mapped} a while later", **_figures(held)
+        )
+    return Outcome(f"{held.mapped} bytes", _figures(held))
+
+
+def memory_falls(session: Session) -> Outcome:
+    """Within a second of erasing the slot, without another request, at most one step of the cache is
+    mapped."""
+    before = session.samples[-2]
+    after = session.sample("erased")
+    step = session.config.model.cache_bytes(STEP_CELLS)
+    seconds = session.erase_seconds or 0.0
+    figures: dict[str, Figure] = {
+        "before": before.mapped,
+        "after": after.mapped,
+        "seconds": round(seconds, 3),
+    }
+    if after.mapped > step or after.usable > step:
+        raise session.failed(
+            f"{before.mapped} bytes before erasing the slot, {after.mapped} logged and {after.usable} in use "
+            f"{seconds:.2f} s after, more than one step ({step})",
+            **figures,
+        )
+    if after.mapped >= before.mapped:
+        raise session.failed(f"mapped did not fall: {before.mapped}, then {after.mapped}", **figures)
+    return Outcome(f"{before.mapped} to {after.mapped} bytes in {seconds:.2f} s", figures)
+
+
+def memory_witnessed(session: Session) -> Outcome:
+    """At every moment: the bytes the kernel lets the process use are the bytes logged; what is physically
+    held is no more than that; and it is at least what the tokens in the cache take (full-attention layers
+    only)."""
+    model = session.config.model
+    full_layers = model.shape.layers // 2 if model.shape.window else model.shape.layers
+    figures: dict[str, Figure] = {}
+    for now in session.samples:
+        figures[now.moment] = f"mapped {now.mapped}, usable {now.usable}, held {now.held_min}..{now.held_max}"
+        if now.usable != now.mapped:
+            raise session.failed(
+                f"{now.moment}: {now.mapped} bytes logged as mapped, by the kernel {now.usable} are usable",
+                **figures,
+            )
+        if now.held_min > now.mapped:
+            raise session.failed(
+                f"{now.moment}: {now.held_min} bytes physically held, {now.mapped} logged as mapped",
+                **figures,
+            )
+        written = 2 * full_layers * model.shape.row_bytes * now.cells
+        if now.held_max < written:
+            raise session.failed(
+                f"{now.moment}: {now.cells} cells take {written} bytes, the kernel shows {now.held_max}",
+                **figures,
+            )
+    return Outcome(f"{len(session.samples)} moments agree with /proc", figures)
+
+
+def _figures(taken: Sample) -> dict[str, int | float | str]:
+    return {
+        "mapped": taken.mapped,
+        "reserved": taken.reserved,
+        "usable": taken.usable,
+        "held_min": taken.held_min,
+        "held_max": taken.held_max,
+    }
+
+
+def _limited(install: Install, config: Config, expected: Answer, folder: Path) -> Outcome:
+    """A quarter of the context may be mapped: a short prompt is answered as without a limit, a long one is
+    refused, the server lives on, and what is mapped never exceeds the limit."""
+    limit = config.model.cache_bytes(config.cells) // 4
+    elastic = Elastic(on=True, limit=f"{limit // 2**20}MiB")
+    mapped = 0
+    with serve(server_spec(install, config, elastic, folder), folder) as server:
+        for again in (False, True):
+            if complete(server, _SHORT).tokens != expected.tokens:
+                raise server.failed(
+                    f"a short prompt is answered otherwise {'after a refusal' if again else 'under a limit'}"
+                )
+            if not again:
+                status, message = refused(server, _ASKS[2])
+            now = sample(server, "limited", 0)
+            if now is None or max(now.mapped, now.usable) > limit:
+                raise server.failed(f"more than the limit of {limit} bytes is mapped: {now}")
+            mapped = max(mapped, now.mapped)
+        figures = log_figures(server.log_text())
+        if figures is None:
+            raise server.failed("no address range of an elastic cache in the log")
+        if "limit" not in server.log_text().lower():
+            raise server.failed("the log does not name the limit")
+    return Outcome(
+        f"refused with status {status} ({message!r}); at most {mapped} of {limit} bytes mapped",
+        {"limit": limit, "mapped": mapped, "status": status},
+    )
+
+
+def _bad_value(install: Install, config: Config, folder: Path) -> Outcome:
+    """A switch that is neither on nor off ends the server with a message that names the variable."""
+    name = "OLLAMA_KVCACHED_ENABLED"
+    spec = server_spec(install, config, ON, folder)
+    bad = type(spec)(
+        name="llama-server-bad-value",
+        argv=spec.argv,
+        ready_path=spec.ready_path,
+        env=lambda port: {name: "perhaps"},
+    )
+    status, text = start_and_wait_end(bad, folder, seconds=20.0)
+    saying = [line for line in text.splitlines() if name in line]
+    if status <= 0 or not saying:
+        raise CheckFailed(
+            f"with {name}=perhaps it ended with status {status}, {len(saying)} lines name the variable",
+            logs={bad.name: "\n".join(text.splitlines()[-25:])},
+        )
+    return Outcome(f"status {status}: {saying[0].strip()[:160]}", {"status": status})
+
+
+def _must_fail(
+    install: Install, config: Config, reference: Session, asks: Sequence[Ask], folder: Path
+) -> Outcome:
+    """With one page too few mapped, the same requests must crash the server or change an answer. An end for
+    another reason (a refused option, say) proves nothing."""
+    try:
+        tried = run_session(
+            install, config, Elastic(on=True, undercommit=1), asks, folder, erase_then=asks[0]
+        )
+    except ServerDied as death:
+        if death.returncode in _CRASHES:
+            return Outcome(
+                f"the server {describe_end(death.returncode)}, as it must", {"status": death.returncode}
+            )
+        raise
+    try:
+        same_answers(reference, tried)
+    except CheckFailed as difference:
+        return Outcome(f"noticed, as it must be: {difference.detail}")
+    raise tried.failed("a page too few was mapped, and neither a crash nor a changed answer showed it")

@@ -1,0 +1,299 @@
+"""What must hold for a patched Ollama: the same answers as without the elastic cache, models side by side,
+memory that /api/ps reports and the kernel confirms, refusals that name their reason, and no process left
+behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvpatch.smoke import models
+from kvpatch.smoke.install import Install
+from kvpatch.smoke.llama_checks import LEAST_DISTINCT, Models
+from kvpatch.smoke.models import prompt_text
+from kvpatch.smoke.ollama import (
+    CONTEXT,
+    Instance,
+    chat,
+    create,
+    embed,
+    generate,
+    generate_stream,
+    kv_fields,
+    loaded,
+    stop,
+    wait_gone,
+    witnessed,
+)
+from kvpatch.smoke.report import CheckFailed, Figure, Outcome, Recorder
+from kvpatch.smoke.server import Server, serve, start_and_wait_end, tail
+
+ENABLED, MEMORY, IDLE = "OLLAMA_KVCACHED_ENABLED", "OLLAMA_KVCACHED_MEMORY_GB", "OLLAMA_KVCACHED_IDLE_SECONDS"
+_LIMIT = 1_000_000_000
+_CONFIG = "kvcached:\n  enabled: true\n  memory_limit: 1GB\n"
+_FIRST, _SECOND, _EMBEDDER = "kv-first", "kv-second", "kv-embed"
+_TOKENS = 64
+_SHORT = prompt_text(60, 11)
+_LONG = prompt_text(3000, 12)
+_START_SHARE = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Talk:
+    """What one instance answered to the same requests in the same order."""
+
+    texts: Mapping[str, str]
+    vectors: tuple[tuple[float, ...], ...]
+    pieces: int
+    memory: Mapping[str, int]
+
+
+def ollama_checks(recorder: Recorder, install: Install, made: Models, folder: Path) -> None:
+    """All checks of `ollama serve`."""
+    embedder = models.tiny_embedding(folder / "embed.gguf", 1)
+    stock = Instance(install=install, folder=folder, name="off")
+    elastic = Instance(install=install, folder=folder, name="on", config=_CONFIG)
+    found: dict[str, Talk] = {}
+
+    recorder.run("ollama: help names the settings", lambda: _help(stock))
+    recorder.run("ollama: serves with the elastic cache off", lambda: _serve(stock, made, embedder, found))
+    recorder.run("ollama: serves with the elastic cache on", lambda: _serve(elastic, made, embedder, found))
+    if len(found) == 2:
+        off, on = found["off"], found["on"]
+        recorder.run("ollama: answers equal, off and on", lambda: _same(off, on))
+        recorder.run("ollama: two models alternate", lambda: _alternate(on))
+        recorder.run("ollama: /api/ps agrees with the kernel", lambda: _memory(on, made.first))
+    if found:
+        # The models are in the store by now.
+        recorder.run("ollama: a limit below one model's need is refused", lambda: _refused(install, folder))
+    for name, settings, config, needle in (
+        ("a bad value", {ENABLED: "perhaps"}, None, ENABLED),
+        ("a bad size", {ENABLED: "true", MEMORY: "lots"}, None, MEMORY),
+        ("a setting that does not act yet", {ENABLED: "true", IDLE: "5"}, None, IDLE),
+        (
+            "a bad line of config.yaml",
+            {},
+            "kvcached:\n  enabled: true\n  memory_limit: 20\n",
+            "config.yaml line 3",
+        ),
+    ):
+        bad = Instance(
+            install=install, folder=folder, name=name.replace(" ", "-"), settings=settings, config=config
+        )
+        recorder.run(f"ollama: {name} is refused at start", partial(_refuses, bad, needle))
+
+
+def _help(instance: Instance) -> Outcome:
+    text = instance.command(9, "serve", "--help")
+    missing = [name for name in (ENABLED, MEMORY) if name not in text]
+    if missing:
+        raise CheckFailed(
+            f"`ollama serve --help` does not name {', '.join(missing)}", logs={"help": tail(text)}
+        )
+    if IDLE in text:
+        raise CheckFailed(
+            f"`ollama serve --help` offers {IDLE}, which does not act yet", logs={"help": tail(text)}
+        )
+    version = instance.command(9, "--version")
+    return Outcome(version.splitlines()[-1] if version else "no version")
+
+
+def _serve(instance: Instance, made: Models, embedder: models.TinyModel, found: dict[str, Talk]) -> Outcome:
+    with serve(instance.spec(), instance.folder) as server:
+        for name, model in ((_FIRST, made.first), (_SECOND, made.second), (_EMBEDDER, embedder)):
+            create(server, name, model)
+        talk = _talk(server, elastic=instance.config is not None)
+        seconds = _stop_all(instance, server)
+        log = server.log_text()
+    if f"{ENABLED}:" not in log and f"{ENABLED}=" not in log:
+        raise CheckFailed(f"the start-up log does not show {ENABLED}", logs={server.name: tail(log)})
+    lines = sum("kvcached: " in line for line in log.splitlines())
+    if instance.config is None and "kvcached: region" in log:
+        raise CheckFailed("switched off, a model still gets an elastic cache", logs={server.name: tail(log)})
+    found[instance.name] = talk
+    return Outcome(
+        f"{len(talk.texts)} answers, one in {talk.pieces} pieces, {len(talk.vectors)} embeddings",
+        {
+            "answers": len(talk.texts),
+            "pieces": talk.pieces,
+            "stop_seconds": round(seconds, 2),
+            "log lines": lines,
+        },
+    )
+
+
+def _talk(server: Server, *, elastic: bool) -> Talk:
+    texts = {}
+    memory: dict[str, int] = {}
+    texts["generate"] = generate(server, _FIRST, _SHORT, _TOKENS)
+    if elastic:
+        memory.update(_figures(server, "short"))
+    texts["generate, long prompt"] = generate(server, _FIRST, _LONG, _TOKENS)
+    if elastic:
+        memory.update(_figures(server, "long"))
+    elif any(model.kv is not None for model in loaded(server).values()):
+        raise server.failed("switched off, /api/ps still has a `kvcached` object")
+    texts["chat"] = chat(server, _FIRST, _SHORT, _TOKENS)
+    texts["stream"], pieces = generate_stream(server, _FIRST, prompt_text(80, 13), _TOKENS)
+    if pieces < 2:
+        raise server.failed(f"a stream of {_TOKENS} tokens came in {pieces} piece")
+    for turn in (1, 2, 3):
+        for model in (_FIRST, _SECOND):
+            texts[f"{model}, turn {turn}"] = generate(server, model, _SHORT, _TOKENS)
+    both = loaded(server)
+    if not {_FIRST, _SECOND} <= set(both):
+        raise server.failed(f"two models should be in memory side by side, /api/ps shows {sorted(both)}")
+    if elastic:
+        memory["lease, both"] = sum(both[name].bytes(server, "lease") for name in (_FIRST, _SECOND))
+        memory["charge, both"] = sum(both[name].bytes(server, "charge") for name in (_FIRST, _SECOND))
+    vectors = embed(server, _EMBEDDER, [_SHORT, prompt_text(60, 14)])
+    if vectors[0] == vectors[1]:
+        raise server.failed("two texts have the same embedding")
+    return Talk(texts=texts, vectors=tuple(map(tuple, vectors)), pieces=pieces, memory=memory)
+
+
+def _figures(server: Server, moment: str) -> dict[str, int]:
+    """Figures of /api/ps, the log and the kernel for the first model, taken while no request runs."""
+    usage, logged = witnessed(server)
+    model = loaded(server).get(_FIRST)
+    if model is None or model.kv is None:
+        raise server.failed(f"/api/ps has no `kvcached` object for {_FIRST}")
+    state = model.kv.get("state")
+    if not isinstance(state, str) or not state:
+        raise server.failed(f"/api/ps: kvcached.state of {_FIRST} is {state!r}")
+    figures = {f"{moment}: {key}": value for key, value in kv_fields(server, model).items()}
+    figures[f"{moment}: logged"] = logged
+    figures[f"{moment}: usable"] = usage.usable
+    figures[f"{moment}: held_min"] = usage.held_min
+    figures[f"{moment}: held_max"] = usage.held_max
+    return figures
+
+
+def _stop_all(instance: Instance, server: Server) -> float:
+    """Unload one model through the API, the others from the command line; then no child may be left."""
+    stop(server, _FIRST)
+    seconds = wait_gone(server, [_FIRST])
+    for name in sorted(loaded(server)):
+        instance.command(server.port, "stop", name)
+    return seconds + wait_gone(server, [_SECOND, _EMBEDDER])
+
+
+def _same(off: Talk, on: Talk) -> Outcome:
+    for name, text in off.texts.items():
+        if on.texts[name] != text:
+            raise CheckFailed(
+                f"{name}: answered {text[:80]!r} with the cache off, {on.texts[name][:80]!r} with it on"
+            )
+    if off.vectors != on.vectors:
+        raise CheckFailed("embeddings differ with the cache off and on")
+    words = {name: _distinct(text) for name, text in off.texts.items()}
+    poorest = min(words, key=lambda name: words[name])
+    if words[poorest] < LEAST_DISTINCT:
+        raise CheckFailed(f"{poorest}: {words[poorest]} distinct syllables, fewer than {LEAST_DISTINCT}")
+    return Outcome(
+        f"{len(off.texts)} answers and {len(off.vectors)} embeddings",
+        {"least distinct syllables": words[poorest]},
+    )
+
+
+def _distinct(text: str) -> int:
+    """Distinct tokens of an answer: each is a syllable of two letters, with or without a space before it."""
+    found = set()
+    position = 0
+    while position < len(text):
+        width = 3 if text[position] == " " else 2
+        found.add(text[position : position + width])
+        position += width
+    return len(found)
+
+
+def _alternate(talk: Talk) -> Outcome:
+    for model in (_FIRST, _SECOND):
+        second, third = talk.texts[f"{model}, turn 2"], talk.texts[f"{model}, turn 3"]
+        if second != third:
+            raise CheckFailed(
+                f"{model} answers otherwise after the other model had its turn: {second!r}, {third!r}"
+            )
+    if talk.texts[f"{_FIRST}, turn 2"] == talk.texts[f"{_SECOND}, turn 2"]:
+        raise CheckFailed("the two models answer alike")
+    lease, charge = talk.memory["lease, both"], talk.memory["charge, both"]
+    if not 0 < lease <= charge:
+        raise CheckFailed(f"two models in memory: leases of {lease} bytes, charges of {charge}")
+    return Outcome("different answers, each the same on return", {"leases": lease, "charges": charge})
+
+
+def _memory(talk: Talk, model: models.TinyModel) -> Outcome:
+    figures: dict[str, Figure] = dict(talk.memory)
+    memory = talk.memory
+    for moment, cells in (("short", 60 + _TOKENS - 1), ("long", 3000 + _TOKENS - 1)):
+        mapped = memory[f"{moment}: kv_mapped"]
+        if not mapped == memory[f"{moment}: logged"] == memory[f"{moment}: usable"]:
+            raise CheckFailed(
+                f"after a {moment} prompt /api/ps says {mapped} bytes are mapped, the log "
+                f"{memory[f'{moment}: logged']}, the kernel {memory[f'{moment}: usable']}",
+                figures=figures,
+            )
+        if memory[f"{moment}: held_min"] > mapped or memory[f"{moment}: held_max"] < model.cache_bytes(cells):
+            raise CheckFailed(
+                f"after a {moment} prompt {memory[f'{moment}: held_min']} to {memory[f'{moment}: held_max']} "
+                f"bytes are held by the kernel's count, {model.cache_bytes(cells)} to {mapped} were expected",
+                figures=figures,
+            )
+        if memory.get(f"{moment}: limit") != _LIMIT:
+            raise CheckFailed(
+                f"config.yaml sets a limit of {_LIMIT} bytes, /api/ps shows {memory.get(f'{moment}: limit')}",
+                figures=figures,
+            )
+    reserved = memory["short: kv_reserved"]
+    if reserved < model.cache_bytes(CONTEXT):
+        raise CheckFailed(f"{reserved} bytes reserved for a context of {CONTEXT}", figures=figures)
+    short, long = memory["short: kv_mapped"], memory["long: kv_mapped"]
+    if short * _START_SHARE > reserved or long <= short:
+        raise CheckFailed(
+            f"{short} bytes mapped after a short prompt, {long} after a long one", figures=figures
+        )
+    return Outcome(f"{short}, then {long} of {reserved} bytes mapped", figures)
+
+
+def _refused(install: Install, folder: Path) -> Outcome:
+    """A megabyte is less than the model's weights alone."""
+    limit = "0.001"
+    instance = Instance(
+        install=install, folder=folder, name="limit", settings={ENABLED: "true", MEMORY: limit}
+    )
+    with serve(instance.spec(), folder) as server:
+        body = {"model": _FIRST, "prompt": "ba", "raw": True, "stream": False}
+        answer = server.request("POST", "/api/generate", json=body)
+        if answer.status_code < 400:
+            raise server.failed(f"with {MEMORY}={limit} the model was loaded (status {answer.status_code})")
+        try:
+            message = str(answer.json()["error"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise server.failed(f"the refusal is no JSON error: {answer.text[:300]}") from error
+        lacks = [word for word in (MEMORY, _FIRST, "limit") if word not in message]
+        if lacks:
+            raise server.failed(f"the API error does not name {', '.join(lacks)}: {message}")
+        if MEMORY not in _after_start(server.log_text()):
+            raise server.failed("the log does not show the refusal")
+        if loaded(server):
+            raise server.failed("/api/ps lists a model that was refused")
+        wait_gone(server, [_FIRST])
+    return Outcome(f"status {answer.status_code}: {message}", {"status": answer.status_code})
+
+
+def _after_start(log: str) -> str:
+    """The log without the lines that list settings at start."""
+    return log[log.find("Listening on") :]
+
+
+def _refuses(instance: Instance, needle: str) -> Outcome:
+    spec = instance.spec()
+    status, text = start_and_wait_end(spec, instance.folder, seconds=20.0)
+    saying = [line for line in text.splitlines() if needle in line and "server config" not in line]
+    if status == 0 or not saying:
+        raise CheckFailed(
+            f"ended with status {status}, {len(saying)} lines name {needle!r}", logs={spec.name: tail(text)}
+        )
+    return Outcome(f"status {status}: {saying[0].strip()[:200]}", {"status": status})
