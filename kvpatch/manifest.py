@@ -36,7 +36,7 @@ def build(plan: Plan, values: Mapping[str, dict[str, Any]], flags: Mapping[str, 
     return {
         "schema": SCHEMA,
         **plan.to_json(),
-        "version": plan.version_label if plan.release else plan.llama_cpp.ref,
+        "label": plan.label,
         "stock": plan.stock,
         "warnings": list(plan.warnings),
         "upstream_commits": {name: tree["upstream_commit"] for name, tree in values["fetch"].items()},

@@ -91,16 +91,10 @@ class Plan:
         return hashing.of_value([patch_sums(self.llama_cpp_patches), patch_sums(self.ollama_patches), parts])[:8]
 
     @property
-    def version_label(self) -> str:
-        """What `ollama -v` shows: upstream's version, then, as build metadata, ours.
-
-        Build metadata (after +) does not change how versions compare, so checks of the version keep working.
-        """
-        assert self.release is not None
-        if self.stock:
-            return self.release.semver
-        label = f"{self.release.semver}+kvpatch.{__version__}.{self.series_id}"
-        return label if self.pin_status == "pinned" else f"{label}.llama.cpp-{self.llama_cpp.commit[:9]}"
+    def label(self) -> str:
+        """What was built, in words: release or llama.cpp commit, and our series."""
+        what = self.name if self.stock else f"{self.name} (kvpatch {__version__}, series {self.series_id})"
+        return what if self.pin_status == "pinned" else f"{what} with llama.cpp {self.llama_cpp.commit[:9]}"
 
     def tool(self, name: str) -> toolchain.Tool:
         """The tool called `name`; planning made sure that it is there."""
@@ -156,7 +150,7 @@ def make(request: Request, *, progress: Callable[[str], None] | None = None) -> 
     ollama = None
     if request.llama_cpp is None:
         release = _release(known, store, request)
-        pin = Pin(ref=release.version, commit=release.commit or None, sha256=None)
+        pin = Pin(ref=release.version, commit=release.commit, date=release.date)
         ollama = store.resolve(OLLAMA, request.ollama_source, pin, progress=progress)
         llama_ref = release.llama_cpp
     else:
@@ -259,9 +253,9 @@ def _llama_cpp(
                 f"llama.cpp {ref} is not what the source distribution {sdist.version} holds ({sdist.commit})",
                 hint=f"--llama-cpp {sdist.commit}, or another --llama-cpp-source",
             )
-        pin = Pin(ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256)
+        pin = Pin(ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256, date=sdist.date)
         return store.resolve(LLAMA_CPP, spec, pin, progress=progress)
-    return store.resolve(LLAMA_CPP, spec, Pin(ref=ref, commit=None, sha256=None), progress=progress)
+    return store.resolve(LLAMA_CPP, spec, Pin(ref=ref, date=known.llama_cpp_date(ref)), progress=progress)
 
 
 def _pin_status(

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _DROPPED_PREFIXES = ("GIT_", "LD_", "PYTHON", "OLLAMA_", "KVCACHED_", "LLAMA_", "GGML_", "CMAKE_")
 _KEPT = frozenset({"PYTHONHASHSEED"})
@@ -77,9 +78,9 @@ def run(
             sink.write(f"+ {' '.join(args)}\n")
             sink.flush()
         with start(args, cwd=cwd, env=env, merge_stderr=log is not None or on_line is not None) as child:
-            timer = None
+            expired = threading.Event()
+            timer = threading.Timer(timeout or 0.0, _expire, (child, expired))
             if timeout is not None:
-                timer = threading.Timer(timeout, end, (child,))
                 timer.start()
             errors: list[str] = []
             reader = None
@@ -98,12 +99,10 @@ def run(
             returncode = child.wait()
             if reader is not None:
                 reader.join()
-            if timer is not None:
-                timed_out = not timer.is_alive()
-                timer.cancel()
-                if timed_out:
-                    lines.append(f"[no end within {timeout:g} s; ended by kvpatch]\n")
-                    raise ProcessFailure(args, returncode, _tail(lines), log)
+            timer.cancel()
+            if expired.is_set():
+                lines.append(f"[no end within {timeout:g} s; ended by kvpatch]\n")
+                raise ProcessFailure(args, returncode, _tail(lines), log)
     if check and returncode != 0:
         raise ProcessFailure(args, returncode, _tail(lines + errors), log)
     return Completed(argv=tuple(args), returncode=returncode, stdout="".join(lines))
@@ -125,8 +124,8 @@ def start(
     """
     args = [str(a) for a in argv]
     with contextlib.ExitStack() as stack:
-        stdout: int | object = subprocess.PIPE
-        stderr: int | object = subprocess.STDOUT if merge_stderr else subprocess.PIPE
+        stdout: int | IO[bytes] = subprocess.PIPE
+        stderr: int = subprocess.STDOUT if merge_stderr else subprocess.PIPE
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             stdout = stack.enter_context(output.open("ab"))
@@ -137,7 +136,7 @@ def start(
                 cwd=cwd,
                 env=clean_environment(env),
                 stdin=subprocess.DEVNULL,
-                stdout=stdout,  # type: ignore[call-overload]
+                stdout=stdout,
                 stderr=stderr,
                 text=True,
                 errors="replace",
@@ -165,6 +164,11 @@ def end(child: subprocess.Popen[str], *, grace: float = _GRACE_SECONDS) -> None:
     # Even when the leader is gone its descendants may live on in the group.
     _signal_group(child, signal.SIGKILL)
     child.wait()
+
+
+def _expire(child: subprocess.Popen[str], expired: threading.Event) -> None:
+    expired.set()
+    end(child)
 
 
 def _signal_group(child: subprocess.Popen[str], number: int) -> None:

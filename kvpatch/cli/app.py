@@ -225,7 +225,7 @@ def _verify(
     result = manifest.verify(directory)
     table = Table.grid(padding=(0, 2))
     table.add_row("files", f"{result.checked}, each as in the manifest")
-    table.add_row("version", str(result.manifest["version"]))
+    table.add_row("build", str(result.manifest["label"]))
     smoked = {None: "not run on this build", True: "passed", False: "failed"}[result.smoked]
     table.add_row("smoke", smoked)
-    screen.result({"checked": result.checked, "smoked": result.smoked, "version": result.manifest["version"]}, table)
+    screen.result({"checked": result.checked, "smoked": result.smoked, "label": result.manifest["label"]}, table)

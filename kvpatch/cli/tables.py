@@ -40,8 +40,7 @@ def outcome(decided: Plan, result: Outcome) -> list[RenderableType]:
     last = result.stages[-1][0] if result.stages else ""
     if last not in ("compile", "smoke", "manifest"):
         return [Text(f"{decided.name}: {last} done in {decided.workspace}")]
-    label = decided.version_label if decided.release else f"llama.cpp {decided.llama_cpp.ref}"
-    return [Text(f"{label} is in {decided.out}")]
+    return [Text(f"{decided.label} is in {decided.out}")]
 
 
 def smoke(report: SmokeReport) -> list[RenderableType]:

@@ -56,7 +56,7 @@ def inputs(context: Context) -> dict[str, object]:
         "flags": OLLAMA_FLAGS if plan.ollama else LLAMA_CPP_FLAGS,
         "library": LIBRARY_FLAGS,
         "tools": {tool.name: tool.version for tool in plan.tools},
-        "label": plan.version_label if plan.release else None,
+        "version": plan.release.semver if plan.release else None,
     }
 
 
@@ -145,6 +145,7 @@ def _llama_cpp(context: Context) -> None:
 
 def _ollama(context: Context) -> None:
     plan = context.plan
+    assert plan.release is not None
     cmake = plan.tool("cmake").path
     payload = plan.workspace / "payload"
     shutil.rmtree(payload, ignore_errors=True)
@@ -154,7 +155,7 @@ def _ollama(context: Context) -> None:
          f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
          *OLLAMA_FLAGS,
          *_build_info(context),
-         f"-DOLLAMA_VERSION={plan.version_label}",
+         f"-DOLLAMA_VERSION={plan.release.semver}",
          f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={context.llama_cpp_tree}",
          f"-DOLLAMA_PAYLOAD_INSTALL_PREFIX={payload}",
          f"-DOLLAMA_GO_OUTPUT={context.build_dir / 'go' / 'ollama'}",
