@@ -1,0 +1,15 @@
+package api
+
+// KVCachedStatus is the elastic memory of a loaded model in [ProcessModelResponse]. Sizes are bytes.
+type KVCachedStatus struct {
+	// State is "starting" (memory is set aside, the runner has not attached yet), "awake", or "unmanaged" (the model's
+	// runner does not use elastic memory; all sizes are zero).
+	State      string `json:"state"`
+	KVMapped   uint64 `json:"kv_mapped"`   // KV cache that is there
+	KVReserved uint64 `json:"kv_reserved"` // KV cache that could be
+	Lease      uint64 `json:"lease"`       // set aside before the runner was started
+	Charge     uint64 `json:"charge"`      // counted against the limit
+
+	// Limit is what all models together may be charged; null for no limit.
+	Limit *uint64 `json:"limit"`
+}

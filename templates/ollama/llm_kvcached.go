@@ -1,0 +1,121 @@
+package llm
+
+import (
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+
+	"github.com/ollama/ollama/fs/ggml"
+	"github.com/ollama/ollama/kvcached"
+)
+
+// KVCachedNeed predicts what a model occupies before its first token: its files, each counted once (a projector may be
+// inside the model's own), and the KV cache that the first batch makes resident.
+func KVCachedNeed(modelPath string, f *ggml.GGML, adapters, projectors []string, draft, kvCacheType string) kvcached.Need {
+	shape := kvcached.Shape{KVType: strings.ToLower(kvCacheType), Page: kvcachedPage()}
+
+	counted := map[string]bool{"": true}
+	for _, paths := range [][]string{{modelPath, draft}, adapters, projectors} {
+		for _, path := range paths {
+			if counted[path] {
+				continue
+			}
+			counted[path] = true
+			if info, err := os.Stat(path); err == nil {
+				shape.Weights += uint64(info.Size())
+			}
+		}
+	}
+
+	// Models that attend in both directions embed a text in one batch and keep no cache.
+	if kv := f.KV(); kv.Bool("attention.causal", true) {
+		for _, heads := range kv.HeadCountKV() {
+			shape.Layers = append(shape.Layers, kvcached.Layer{
+				K: heads * kv.EmbeddingHeadCountK(),
+				V: heads * kv.EmbeddingHeadCountV(),
+			})
+		}
+	}
+	return shape.Need()
+}
+
+// kvcachedPage is the page size that the child is told by the same variable, 0 for the library's own. A value that is
+// not a number is the child's to refuse.
+func kvcachedPage() uint64 {
+	page, err := strconv.ParseUint(os.Getenv("KVCACHED_PAGE_SIZE"), 10, 64)
+	if err != nil {
+		return 0
+	}
+	return page
+}
+
+// kvcachedPrepare takes the lease for a child that is about to be started and tells it in env where its slot is. It
+// returns a *kvcached.LimitError when the model does not fit. With elastic memory off it only spells out what the user
+// may have written in another way, for the child to read.
+func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adapters, projectors []string, kvCacheType string, config LlamaServerConfig) error {
+	manager := kvcached.Default()
+	if manager == nil {
+		if _, set := os.LookupEnv(kvcached.EnabledVariable); set {
+			env[kvcached.EnabledVariable] = "false"
+		}
+		return nil
+	}
+
+	need := KVCachedNeed(modelPath, f, adapters, projectors, config.DraftModelPath, kvCacheType)
+	cache := manager.NewKVCache(modelPath, need)
+	if err := cache.Allocate(int(need.Total())); err != nil {
+		slog.Warn("kvcached: model refused, no runner is started", "model", modelPath, "error", err)
+		return err
+	}
+	for name, value := range cache.Env() {
+		env[name] = value
+	}
+	slog.Info("kvcached: lease taken", "model", manager.Name(modelPath), "slot", cache.Slot(),
+		"weights", kvcached.FormatSize(need.Weights), "first_kv_step", kvcached.FormatSize(need.FirstStep))
+	return nil
+}
+
+// kvcachedStart starts the child by the function given. A lease ends with its child, so that a child started anew for the
+// same runner takes another first; one that cannot be started gives its lease back.
+func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error)) (*exec.Cmd, int, error) {
+	if kvcached.Default() != nil && s.kvcachedCache() == nil {
+		l := s.launch
+		if err := kvcachedPrepare(l.extraEnvs, l.modelPath, s.ggml, l.adapters, l.projectors, l.kvCacheType, l.config); err != nil {
+			return nil, 0, err
+		}
+	}
+	cmd, port, err := start(s.launch, s.output)
+	if err != nil {
+		s.kvcachedFree()
+	}
+	return cmd, port, err
+}
+
+// kvcachedFree gives the lease of a child that has ended back. The variables go with it: the slot may be another's next.
+func (s *llamaServerRunner) kvcachedFree() {
+	cache := s.kvcachedCache()
+	if cache == nil {
+		return
+	}
+	for name := range cache.Env() {
+		delete(s.launch.extraEnvs, name)
+	}
+	cache.Free()
+}
+
+// kvcachedCache is the cache whose lease this runner's child was given, nil for none. A slot named in the runner's
+// environment is its own: kvcachedFree takes the name away before the slot can be leased again.
+func (s *llamaServerRunner) kvcachedCache() *kvcached.KVCache {
+	manager := kvcached.Default()
+	if manager == nil {
+		return nil
+	}
+	slot, err := strconv.Atoi(s.launch.extraEnvs[kvcached.SlotVariable])
+	if err != nil {
+		return nil
+	}
+	return manager.BySlot(slot)
+}
