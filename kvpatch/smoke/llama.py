@@ -104,6 +104,7 @@ class Session:
     """What one life of a server showed. `samples` is empty for one whose cache is not elastic."""
 
     config: Config
+    asks: int
     answers: tuple[Answer, ...]
     samples: tuple[Sample, ...]
     erase_seconds: float | None
@@ -113,7 +114,15 @@ class Session:
     logs: Mapping[str, str] = field(default_factory=dict)
 
     def sample(self, moment: str) -> Sample:
-        return next(s for s in self.samples if s.moment == moment)
+        """The sample of a moment. Raises CheckFailed when the server's cache was not elastic then."""
+        for taken in self.samples:
+            if taken.moment == moment:
+                return taken
+        raise self.failed(f"no figures of an elastic cache were logged at the moment {moment!r}")
+
+    def asked(self) -> tuple[Sample, ...]:
+        """The samples taken after each answer, in order. Raises CheckFailed when one is missing."""
+        return tuple(self.sample(f"ask {n}") for n in range(1, self.asks + 1))
 
     def failed(self, detail: str, **figures: int | float | str) -> CheckFailed:
         return CheckFailed(detail, figures=figures, logs=self.logs)
@@ -128,18 +137,9 @@ def server_spec(install: Install, config: Config, elastic: Elastic, folder: Path
         return [
             install.llama_server,
             *("--model", config.model.path, "--host", "127.0.0.1", "--port", str(port)),
-            *(
-                "-c",
-                str(config.cells),
-                "-np",
-                "1",
-                "-t",
-                "2",
-                "-tb",
-                "2",
-                "-fa",
-                "on" if config.flash else "off",
-            ),
+            *("-c", str(config.cells), "-np", "1", "-fa", "on" if config.flash else "off"),
+            # ggml's threads wait for each other by spinning: on a busy machine two are slower than one.
+            *("-t", "1", "-tb", "1"),
             *("--no-webui", "--offline", "--slot-save-path", saves, "--cache-ram", "0"),
             *("--log-verbosity", "4", "--no-log-prefix", "--no-log-timestamps"),
             *(("--context-shift",) if config.shift else ("--no-context-shift",)),
@@ -289,6 +289,7 @@ def run_session(
     text = server.log_text()
     return Session(
         config=config,
+        asks=len(asks),
         answers=tuple(answers),
         samples=tuple(s for s in samples if s is not None),
         erase_seconds=erase_seconds,

@@ -35,7 +35,7 @@ LEAST_DISTINCT = 32
 _START_SHARE = 10  # "far below reserved": at most a tenth of it
 _PAGE = 4096
 _SHORT = Ask(prompt=100, answer=96)
-_ASKS = (_SHORT, Ask(prompt=1200, answer=64, salt=1), Ask(prompt=5000, answer=64, salt=2))
+_ASKS = (_SHORT, Ask(prompt=1200, answer=64, salt=1), Ask(prompt=3000, answer=64, salt=2))
 _SHIFT_CELLS = 512
 _SHIFT_ASKS = (Ask(prompt=100, answer=700),)
 _CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGBUS})  # what touching a page that is not mapped ends in
@@ -239,7 +239,7 @@ def memory_at_start(session: Session) -> Outcome:
 def memory_grows(session: Session) -> Outcome:
     """After each (longer) prompt at least its cells are mapped, and at most three steps more than those."""
     model = session.config.model
-    asked = [s for s in session.samples if s.moment.startswith("ask ")]
+    asked = session.asked()
     figures: dict[str, Figure] = {}
     before = session.sample("start")
     for now in asked:
@@ -260,7 +260,7 @@ def memory_grows(session: Session) -> Outcome:
 
 def memory_kept(session: Session) -> Outcome:
     """A while after a request has finished its pages are still mapped."""
-    last = [s for s in session.samples if s.moment.startswith("ask ")][-1]
+    last = session.asked()[-1]
     held = session.sample("held")
     if held.mapped != last.mapped:
         raise session.failed(
@@ -272,7 +272,7 @@ def memory_kept(session: Session) -> Outcome:
 def memory_falls(session: Session) -> Outcome:
     """Within a second of erasing the slot, without another request, at most one step of the cache is
     mapped."""
-    before = session.samples[-2]
+    before = session.asked()[-1]
     after = session.sample("erased")
     step = session.config.model.cache_bytes(STEP_CELLS)
     seconds = session.erase_seconds or 0.0
@@ -299,7 +299,8 @@ def memory_witnessed(session: Session) -> Outcome:
     model = session.config.model
     full_layers = model.shape.layers // 2 if model.shape.window else model.shape.layers
     figures: dict[str, Figure] = {}
-    for now in session.samples:
+    moments = (session.sample("start"), *session.asked(), session.sample("held"), session.sample("erased"))
+    for now in moments:
         figures[now.moment] = f"mapped {now.mapped}, usable {now.usable}, held {now.held_min}..{now.held_max}"
         if now.usable != now.mapped:
             raise session.failed(
@@ -317,7 +318,7 @@ def memory_witnessed(session: Session) -> Outcome:
                 f"{now.moment}: {now.cells} cells take {written} bytes, the kernel shows {now.held_max}",
                 **figures,
             )
-    return Outcome(f"{len(session.samples)} moments agree with /proc", figures)
+    return Outcome(f"{len(moments)} moments agree with /proc", figures)
 
 
 def _figures(taken: Sample) -> dict[str, int | float | str]:

@@ -112,7 +112,7 @@ def create(server: Server, name: str, model: TinyModel) -> None:
 
 
 def options(count: int) -> dict[str, object]:
-    return {"num_ctx": CONTEXT, "num_predict": count, "temperature": 0, "seed": 1}
+    return {"num_ctx": CONTEXT, "num_predict": count, "temperature": 0, "seed": 1, "num_thread": 1}
 
 
 def generate(server: Server, model: str, prompt: str, count: int) -> str:
