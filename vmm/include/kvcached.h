@@ -110,8 +110,8 @@ typedef struct kvcached_options {
   const char *ledger_path; /* NULL = /dev/shm/kvcached-<uid>-host; "" = no ledger: the limit is this context's alone */
   int slot;                /* the slot a parent leased for this process, or -1 = take a free one */
   uint64_t fixed;          /* bytes held outside the library and charged to the slot; ignored when slot >= 0 */
-  void (*log)(int level, const char *msg, void *user); /* may be NULL; called with no lock of the ledger held by
-                              others, but inside calls on the context: it must not call the library */
+  void (*log)(int level, const char *msg, void *user); /* may be NULL; called inside calls on the context, with its
+                              lock held: it must not call the library */
   void *log_user;
 } kvcached_options_t;
 
@@ -119,8 +119,8 @@ typedef struct kvcached_options {
 KVCACHED_API void kvcached_options_init(kvcached_options_t *options);
 
 /* Opens a context and takes its slot. On failure *out is NULL.
-   E_INVAL a field, named in the detail · E_UNSUPPORTED backend · E_LIMIT `fixed` alone does not fit · E_SLOT, E_FULL, E_LEDGER
-   the ledger · E_NOMEM, E_SYSTEM. */
+   E_INVAL a field, named in the detail; E_UNSUPPORTED backend; E_LIMIT `fixed` alone does not fit; E_SLOT, E_FULL, E_LEDGER
+   the ledger; E_NOMEM, E_SYSTEM. */
 KVCACHED_API int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out);
 
 /* Frees all regions of the context, gives its slot back and ends it. NULL is allowed. */
@@ -144,21 +144,21 @@ KVCACHED_API size_t kvcached_region_size(kvcached_region_t region);
 
 /* Makes every page touching [off, off+len) usable, or none: pages that were not ensured read as zero (recycled ones too),
    ensured ones keep their content. Idle pages of the context, in any region, are given up before the limit is reported.
-   E_INVAL range · E_LIMIT · E_NOMEM · E_SYSTEM · E_FORKED. len 0 does nothing. */
+   E_INVAL range; E_LIMIT; E_NOMEM; E_SYSTEM; E_FORKED. len 0 does nothing. */
 KVCACHED_API int kvcached_ensure(kvcached_region_t region, size_t off, size_t len);
 
 /* Declares the content of all pages lying wholly inside [off, off+len) dropped. Ensured ones become idle: still
    mapped, counted and claimed, ready for reuse, until trim or pressure takes them. Touching an idle page is the caller's
-   error though it need not fault. E_INVAL range · E_FORKED. */
+   error though it need not fault. E_INVAL range; E_FORKED. */
 KVCACHED_API int kvcached_release(kvcached_region_t region, size_t off, size_t len);
 
 /* Gives idle pages back to the system until at most keep_bytes of them remain in the context, highest addresses of
    the newest region first. *freed (may be NULL): bytes given back, also on failure. E_NOMEM (the system could not split
-   a mapping: the rest stays idle) · E_SYSTEM · E_FORKED. */
+   a mapping: the rest stays idle); E_SYSTEM; E_FORKED. */
 KVCACHED_API int kvcached_trim(kvcached_ctx_t ctx, size_t keep_bytes, size_t *freed);
 
 /* The longest prefix of [off, off+len) that is ensured throughout or nowhere: its length in bytes (clipped to the range)
-   and which (*ensured 1 or 0; idle is 0). len 0: *run 0. E_INVAL range · E_FORKED. */
+   and which (*ensured 1 or 0; idle is 0). len 0: *run 0. E_INVAL range; E_FORKED. */
 KVCACHED_API int kvcached_mapped_run(kvcached_region_t region, size_t off, size_t len, size_t *run, int *ensured);
 
 typedef struct kvcached_stats {
@@ -174,7 +174,7 @@ typedef struct kvcached_stats {
 } kvcached_stats_t;
 
 /* Totals of a context, or the figures of one region (page_size, limit and group_charge are the context's there, trims those that took
-   pages of it). out->struct_size must be set. E_INVAL · E_FORKED. */
+   pages of it). out->struct_size must be set. E_INVAL; E_FORKED. */
 KVCACHED_API int kvcached_stats(kvcached_ctx_t ctx, kvcached_stats_t *out);
 KVCACHED_API int kvcached_region_stats(kvcached_region_t region, kvcached_stats_t *out);
 
@@ -197,12 +197,12 @@ KVCACHED_API void kvcached_ledger_close(kvcached_ledger_t ledger);
 
 /* Sets aside max(size, fixed) bytes for a child that will open a context with *slot. group: 1 to KVCACHED_GROUP_MAX bytes;
    fixed: the part of them that the child holds outside the library; limit: what the group may be charged in all.
-   E_LIMIT: does not fit, the numbers are in the detail · E_FULL · E_INVAL · E_SYSTEM · E_FORKED. On failure *slot is -1. */
+   E_LIMIT: does not fit, the numbers are in the detail; E_FULL; E_INVAL; E_SYSTEM; E_FORKED. On failure *slot is -1. */
 KVCACHED_API int kvcached_ledger_lease(kvcached_ledger_t ledger, const char *group, const char *name, uint64_t size,
                                        uint64_t fixed, uint64_t limit, int *slot);
 
 /* Drops the lessor's hold: the slot ends at once or, if a process uses it, with that process (it keeps its lease until then).
-   E_SLOT: this handle holds no such lease · E_FORKED. */
+   E_SLOT: this handle holds no such lease; E_FORKED. */
 KVCACHED_API int kvcached_ledger_unlease(kvcached_ledger_t ledger, int slot);
 
 typedef struct kvcached_slot {
@@ -216,7 +216,7 @@ typedef struct kvcached_slot {
 } kvcached_slot_t;
 
 /* Lists live slots: at most cap into out, their number into *n (may exceed cap; out may be NULL with cap 0).
-   out[0].struct_size must be set and is the array's stride. E_INVAL · E_SYSTEM · E_FORKED. */
+   out[0].struct_size must be set and is the array's stride. E_INVAL; E_SYSTEM; E_FORKED. */
 KVCACHED_API int kvcached_ledger_slots(kvcached_ledger_t ledger, kvcached_slot_t *out, size_t cap, size_t *n);
 
 /* The file's path; valid until the handle is closed. NULL for NULL. */

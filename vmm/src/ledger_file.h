@@ -1,0 +1,57 @@
+/* The ledger's file: its layout, its checks, and the record locks in it. */
+#ifndef KVC_LEDGER_FILE_H
+#define KVC_LEDGER_FILE_H
+
+#include "error.h"
+
+#include <stdatomic.h>
+#include <sys/types.h>
+
+#define KVC_LEDGER_SLOTS 128
+#define KVC_LEDGER_MAGIC UINT64_C(0x31524744454c564b) /* "KVLEDGR1" in memory order on little-endian machines */
+#define KVC_LEDGER_VERSION 1u
+
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic uint64_t) == 8, "the ledger needs lock-free 64-bit atomics");
+
+/* One process's place. Written by whoever holds one of its locks, read by all; everything is a 64-bit atomic, so that
+   a reader sees each field whole. `gen` is odd while a taker fills the slot in: it counts for nothing then. */
+typedef struct kvc_ledger_slot {
+  _Atomic uint64_t gen;      /* 0: never used */
+  _Atomic uint64_t lease;    /* bytes set aside by the lessor */
+  _Atomic uint64_t fixed;    /* bytes held outside the library */
+  _Atomic uint64_t claim;    /* bytes mapped, or about to be */
+  _Atomic uint64_t pending;  /* bytes announced, not yet part of one of the above */
+  _Atomic uint64_t ticket;   /* age of `pending`: smaller is older */
+  _Atomic uint64_t reserved; /* bytes of address space, for display */
+  _Atomic uint64_t user_pid, lessor_pid;
+  _Atomic uint64_t group[(KVCACHED_GROUP_MAX + 1) / 8]; /* text, zero-filled */
+  _Atomic uint64_t name[(KVCACHED_NAME_MAX + 1) / 8];
+  uint64_t spare[11];
+} kvc_ledger_slot;
+_Static_assert(sizeof(kvc_ledger_slot) == 256, "the slot's size is part of the file format");
+
+typedef struct kvc_ledger_map {
+  uint64_t magic; /* written last: a file without it is not finished */
+  uint32_t version, slots, slot_size, header_size;
+  _Atomic uint64_t ticket; /* the last one drawn */
+  uint8_t spare[4096 - 32];
+  kvc_ledger_slot slot[KVC_LEDGER_SLOTS];
+} kvc_ledger_map;
+_Static_assert(offsetof(kvc_ledger_map, slot) == 4096, "the header's size is part of the file format");
+
+/* Bits of a slot's holds. */
+enum { KVC_HOLD_LESSOR = 1, KVC_HOLD_USER = 2, KVC_HOLD_BOTH = 3 };
+
+/* Opens the file at path, creating and filling it in when it is not there, checks it and maps it (not into children).
+   E_LEDGER, E_NOMEM. The caller closes *fd and unmaps *map. */
+int kvc_ledger_file_open(const char *path, int *fd, kvc_ledger_map **map);
+
+/* Takes or drops holds of a slot for this open file, in one step. Taking: 1 when taken, 0 when another open file has
+   one of them, negative on error. Dropping: 0 or negative. */
+int kvc_ledger_file_hold(int fd, int slot, int holds);
+int kvc_ledger_file_drop(int fd, int slot, int holds);
+
+/* Which holds other open files have on a slot (this one's own do not show): bits, or negative. */
+int kvc_ledger_file_holders(int fd, int slot);
+
+#endif

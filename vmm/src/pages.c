@@ -1,0 +1,74 @@
+/* Page states of a region. Scans go by eight pages where they can: a long context has millions of 4 KiB pages, and
+   most questions are asked of ranges that are in one state throughout. */
+#include "pages.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+int kvc_pages_init(kvc_pages *pages, size_t n) {
+  memset(pages, 0, sizeof(*pages));
+  pages->state = calloc(n, 1);
+  if (!pages->state) return -1;
+  pages->n = n;
+  pages->count[KVC_UNMAPPED] = n;
+  return 0;
+}
+
+void kvc_pages_free(kvc_pages *pages) {
+  free(pages->state);
+  memset(pages, 0, sizeof(*pages));
+}
+
+size_t kvc_pages_run(const kvc_pages *pages, size_t first, size_t end) {
+  if (first >= end) return 0;
+  const uint8_t *s = pages->state;
+  uint8_t state = s[first];
+  uint64_t eight = UINT64_C(0x0101010101010101) * state;
+  size_t i = first + 1;
+  for (; end - i >= sizeof(eight); i += sizeof(eight)) {
+    uint64_t word;
+    memcpy(&word, s + i, sizeof(word));
+    if (word != eight) break;
+  }
+  while (i < end && s[i] == state) i++;
+  return i - first;
+}
+
+void kvc_pages_count(const kvc_pages *pages, size_t first, size_t end, size_t count[KVC_STATES]) {
+  memset(count, 0, KVC_STATES * sizeof(count[0]));
+  while (first < end) {
+    size_t n = kvc_pages_run(pages, first, end);
+    count[pages->state[first]] += n;
+    first += n;
+  }
+}
+
+void kvc_pages_set(kvc_pages *pages, size_t first, size_t n, uint8_t state) {
+  size_t before[KVC_STATES];
+  size_t end = first + n;
+  kvc_pages_count(pages, first, end, before);
+  for (int s = 0; s < KVC_STATES; s++) pages->count[s] -= before[s];
+  pages->count[state] += n;
+  memset(pages->state + first, state, n);
+  if (state != KVC_UNMAPPED) {
+    if (end > pages->top) pages->top = end;
+  } else if (end >= pages->top) {
+    while (pages->top > 0 && pages->state[pages->top - 1] == KVC_UNMAPPED) pages->top--;
+  }
+}
+
+size_t kvc_pages_last_idle(const kvc_pages *pages, size_t end, size_t max, size_t skip_first, size_t skip_end, size_t *first) {
+  const uint8_t *s = pages->state;
+  size_t i = end < pages->top ? end : pages->top;
+  for (; i > 0; i--) {
+    if (i - 1 >= skip_first && i - 1 < skip_end) {
+      i = skip_first + 1; /* the loop's own step lands on skip_first */
+      continue;
+    }
+    if (s[i - 1] == KVC_IDLE) break;
+  }
+  size_t last = i;
+  while (i > 0 && last - i < max && s[i - 1] == KVC_IDLE && !(i - 1 >= skip_first && i - 1 < skip_end)) i--;
+  *first = i;
+  return last - i;
+}
