@@ -77,23 +77,20 @@ def parse_patch(file: Path) -> tuple[Patch | None, list[Finding]]:
             "crlf", "every line ends in CRLF: the patch file itself was converted, at checkout perhaps"
         )
         return None, draft.findings
-    mail, separator, rest = raw.partition(b"\n---\n")
-    if not separator:
-        draft.find("mail", "no line `---` between the message and the diff: not a format-patch mail")
+    # format-patch writes `---` before the diff only when a diffstat follows; git am goes by either line.
+    diff_at = _line_start(raw, b"diff --git ")
+    if diff_at is None:
+        draft.find("diff", "holds no diff: not a format-patch mail")
         return None, draft.findings
+    mail = raw[: min(diff_at, _line_start(raw, b"---\n") or diff_at)]
     first_line, _, head = mail.partition(b"\n")
     if first_line != _MAGIC:
-        draft.find("mail", "does not begin with the line that git format-patch --zero-commit writes", 1)
+        draft.find("mail", "does not begin with the zero commit of format-patch --zero-commit", 1)
         head = mail
     header_block, _, body_bytes = head.partition(b"\n\n")
     _read_headers(draft, header_block)
     body = _read_body(draft, body_bytes, 2 + head[: len(header_block)].count(b"\n") + 2)
-    diff_start = rest.find(b"diff --git ")
-    if diff_start < 0 or (diff_start > 0 and rest[diff_start - 1 : diff_start] != b"\n"):
-        draft.find("diff", "holds no diff")
-        return None, draft.findings
-    first_diff_line = raw[: len(raw) - len(rest) + diff_start].count(b"\n") + 1
-    files = _read_diff(draft, rest[diff_start:], first_diff_line)
+    files = _read_diff(draft, raw[diff_at:], raw[:diff_at].count(b"\n") + 1)
     hooks = _read_hooks(draft, files)
     author, address, when = _read_author(draft)
     span = _read_range(draft)
@@ -107,8 +104,8 @@ def parse_patch(file: Path) -> tuple[Patch | None, list[Finding]]:
     if status and not _STATUS.fullmatch(status):
         draft.find(
             "upstream-status",
-            f"Upstream-Status {status!r} is none of Pending, Submitted [where], Denied, Inappropriate [reason], "
-            "Backport [commit], Inactive-Upstream [reason]",
+            f"Upstream-Status {status!r} is none of Pending, Submitted [where], Denied, "
+            "Inappropriate [reason], Backport [commit], Inactive-Upstream [reason]",
         )
     subject = re.sub(r"^\[PATCH[^\]]*\]\s*", "", draft.headers.get("subject", ""))
     if not subject:
@@ -134,6 +131,11 @@ def parse_patch(file: Path) -> tuple[Patch | None, list[Finding]]:
         files=files,
     )
     return patch, []
+
+
+def _line_start(raw: bytes, start: bytes) -> int | None:
+    found = raw.find(b"\n" + start)
+    return None if found < 0 else found + 1
 
 
 def _read_headers(draft: _Draft, block: bytes) -> None:
@@ -204,6 +206,13 @@ def _read_author(draft: _Draft) -> tuple[str, str, tuple[int, str] | None]:
 def _read_diff(draft: _Draft, diff: bytes, first_line: int) -> tuple[FilePatch, ...]:
     # The optional mail signature that format-patch appends is not part of the diff.
     diff = re.sub(rb"^-- \n[^\n]*\n*\Z", b"", diff, flags=re.MULTILINE)
+    refused = False
+    # Lines of a hunk begin with a blank or a sign, so these can only be headers.
+    for number, line in enumerate(diff.split(b"\n"), first_line):
+        for prefix, code, text in _REFUSED:
+            if line.startswith(prefix.encode()):
+                draft.find(code, text, number)
+                refused = True
     try:
         # latin-1 maps every byte to one character and back, so nothing is lost whatever the file's encoding.
         parsed = unidiff.patch.PatchSet(io.StringIO(diff.decode("latin-1"), newline="\n"))
@@ -212,13 +221,8 @@ def _read_diff(draft: _Draft, diff: bytes, first_line: int) -> tuple[FilePatch, 
         return ()
     files: list[FilePatch] = []
     number = 0
-    refused = False
     for part in parsed:
         info = [str(line) for line in part.patch_info or ()]
-        for prefix, code, text in _REFUSED:
-            if any(line.startswith(prefix) for line in info):
-                draft.find(code, f"{part.path}: {text}")
-                refused = True
         index = next((m for line in info if (m := re.match(r"index (\S+?)\.\.(\S+?) (\d{6})$", line))), None)
         if index is None or len(index.group(1)) != 40 or len(index.group(2)) != 40:
             if not refused:
@@ -247,12 +251,12 @@ def _read_diff(draft: _Draft, diff: bytes, first_line: int) -> tuple[FilePatch, 
         return tuple(files)
     rendered = b"".join(render_file(file) for file in files)
     if rendered.rstrip(b"\n") != diff.rstrip(b"\n"):
-        line = first_line
+        wrong = first_line
         for ours, theirs in zip(rendered.split(b"\n"), diff.split(b"\n"), strict=False):
             if ours != theirs:
                 break
-            line += 1
-        draft.find("diff", "this line of the diff is not understood, or does not belong in it", line)
+            wrong += 1
+        draft.find("diff", "this line of the diff is not understood, or does not belong in it", wrong)
     for file in files:
         _check_hunks(draft, file)
     paths = [file.path for file in files]
