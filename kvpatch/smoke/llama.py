@@ -204,6 +204,14 @@ def erase(server: Server) -> None:
     server.json("POST", "/slots/0?action=erase", json={}, timeout=10.0)
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first element in which two sequences differ (or at which one ends), or None."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
 def _alternatives(entry: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(entry, dict):
         raise CheckFailed(f"unexpected entry in completion_probabilities: {entry!r}")

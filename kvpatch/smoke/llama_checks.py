@@ -22,6 +22,7 @@ from kvpatch.smoke.llama import (
     Sample,
     Session,
     complete,
+    first_difference,
     log_figures,
     refused,
     run_session,
@@ -162,14 +163,6 @@ def same_answers(reference: Session, tried: Session) -> Outcome:
         f"{compared} tokens and their probabilities in {len(tried.answers)} answers",
         {"tokens": compared, "answers": len(tried.answers), "distinct": distinct(tried.answers)},
     )
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first element in which two sequences differ (or at which one ends), or None."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return None if len(a) == len(b) else min(len(a), len(b))
 
 
 def distinct(answers: Sequence[Answer]) -> int:

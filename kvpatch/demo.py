@@ -1,0 +1,211 @@
+"""The demonstration: a stock and a patched llama-server run the same requests, and what their caches take is
+read at the same moments. Every figure is measured; nothing is computed from what ought to be."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpatch.errors import SmokeError
+from kvpatch.smoke import models, smaps
+from kvpatch.smoke.install import Install
+from kvpatch.smoke.llama import (
+    OFF,
+    ON,
+    Ask,
+    Config,
+    Elastic,
+    complete,
+    erase,
+    first_difference,
+    sample,
+    server_spec,
+)
+from kvpatch.smoke.report import CheckFailed, Progress
+from kvpatch.smoke.server import Server, serve
+
+CELLS = 32768
+_SHORT = Ask(prompt=100, answer=64)
+_LONG = Ask(prompt=4000, answer=64, salt=1)
+START, AFTER_SHORT, AFTER_LONG, RELEASED = (
+    "start",
+    "after a short prompt",
+    "after a long prompt",
+    "after release",
+)
+MOMENTS = (START, AFTER_SHORT, AFTER_LONG, RELEASED)
+_RELEASE_SECONDS = 1.0
+_POLL_SECONDS = 0.02
+_KV_SIZE = re.compile(r"llama_kv_cache: size =\s*([0-9.]+) MiB")
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRow:
+    """Bytes at a moment. `*_reserved`: address space of the key-value cache; `*_mapped`: of it, what physical
+    memory is taken for; `*_resident`: anonymous memory of the whole process, as the kernel counts it."""
+
+    moment: str
+    stock_reserved: int
+    stock_mapped: int
+    stock_resident: int
+    elastic_reserved: int
+    elastic_mapped: int
+    elastic_resident: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoReport:
+    """What both servers showed. `problems` is empty when all is as promised; `tokens` were compared one by
+    one."""
+
+    model: str
+    cells: int
+    rows: tuple[DemoRow, ...]
+    tokens: int
+    distinct: int
+    tokens_equal: bool
+    release_seconds: float
+    seconds: float
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": "kvpatch.demo/1", "ok": self.ok, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading:
+    reserved: int
+    mapped: int
+    resident: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Life:
+    readings: dict[str, _Reading]
+    tokens: tuple[int, ...]
+    release_seconds: float
+
+
+def run(stock: Install, patched: Install, *, workdir: Path, progress: Progress | None = None) -> DemoReport:
+    """Run both servers, one after the other, on a tiny model with a long context.
+
+    Raises SmokeError when a server does not run, or its figures cannot be trusted (log and kernel disagree).
+    """
+    begin = time.monotonic()
+    folder = workdir.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    say = progress or (lambda text: None)
+    if not patched.patched:
+        raise SmokeError(f"{patched.library} is missing: this is not a patched build", hint="build it again")
+    say("writing the tiny model")
+    model = models.tiny_llama(folder / "demo.gguf", 1)
+    config = Config(name="demo", model=model, flash=True, cells=CELLS)
+    try:
+        ordinary = _live(stock, config, OFF, folder, "stock", say)
+        elastic = _live(patched, config, ON, folder, "elastic", say)
+    except CheckFailed as failure:
+        raise SmokeError(
+            f"the demonstration did not run: {failure.detail}",
+            hint=f"read the servers' logs in {folder}",
+            data={"logs": failure.logs},
+        ) from failure
+    rows = tuple(_row(moment, ordinary.readings[moment], elastic.readings[moment]) for moment in MOMENTS)
+    where = first_difference(ordinary.tokens, elastic.tokens)
+    return DemoReport(
+        model=f"{model.shape.arch}, {model.shape.layers} layers, {model.path.stat().st_size} bytes, random weights",
+        cells=CELLS,
+        rows=rows,
+        tokens=len(ordinary.tokens),
+        distinct=len(set(ordinary.tokens)),
+        tokens_equal=where is None,
+        release_seconds=round(elastic.release_seconds, 3),
+        seconds=round(time.monotonic() - begin, 3),
+        problems=_problems(rows, where),
+    )
+
+
+def _row(moment: str, stock: _Reading, elastic: _Reading) -> DemoRow:
+    return DemoRow(
+        moment=moment,
+        stock_reserved=stock.reserved,
+        stock_mapped=stock.mapped,
+        stock_resident=stock.resident,
+        elastic_reserved=elastic.reserved,
+        elastic_mapped=elastic.mapped,
+        elastic_resident=elastic.resident,
+    )
+
+
+def _problems(rows: Sequence[DemoRow], where: int | None) -> tuple[str, ...]:
+    """What is not as promised, in words."""
+    found = []
+    if where is not None:
+        found.append(f"the tokens differ from number {where + 1} on")
+    start, short, long, released = (row.elastic_mapped for row in rows)
+    if not start < rows[0].elastic_reserved // 10:
+        found.append(f"{start} of {rows[0].elastic_reserved} bytes are mapped at start")
+    if not start < short < long:
+        found.append(f"mapped bytes do not grow with the prompts: {start}, {short}, {long}")
+    if not released < long // 2:
+        found.append(f"{released} of {long} mapped bytes are left {_RELEASE_SECONDS:g} s after release")
+    return tuple(found)
+
+
+def _live(
+    install: Install, config: Config, elastic: Elastic, folder: Path, name: str, say: Progress
+) -> _Life:
+    readings: dict[str, _Reading] = {}
+    tokens: list[int] = []
+    with serve(server_spec(install, config, elastic, folder), folder) as server:
+        say(f"{name}: server started")
+        readings[START] = _read(server, config, elastic)
+        for moment, ask in ((AFTER_SHORT, _SHORT), (AFTER_LONG, _LONG)):
+            tokens += complete(server, ask).tokens
+            readings[moment] = _read(server, config, elastic)
+            say(f"{name}: {moment}")
+        erase(server)
+        begin = time.monotonic()
+        released = _read(server, config, elastic)
+        while elastic.on and released.mapped and time.monotonic() - begin < _RELEASE_SECONDS:
+            time.sleep(_POLL_SECONDS)
+            released = _read(server, config, elastic)
+        seconds = time.monotonic() - begin
+        readings[RELEASED] = released
+        say(f"{name}: {RELEASED}")
+    return _Life(readings=readings, tokens=tuple(tokens), release_seconds=seconds)
+
+
+def _read(server: Server, config: Config, elastic: Elastic) -> _Reading:
+    mappings = smaps.read(server.pid)
+    resident = sum(m.rss for m in mappings if not m.name or m.name.startswith("["))
+    if elastic.on:
+        taken = sample(server, "demo", 0)
+        if taken is None:
+            raise server.failed("no address range of an elastic cache in the log")
+        if taken.usable != taken.mapped or taken.held_min > taken.mapped:
+            raise server.failed(
+                f"{taken.mapped} bytes logged as mapped; by the kernel {taken.usable} are usable, "
+                f"{taken.held_min} to {taken.held_max} held"
+            )
+        return _Reading(reserved=taken.reserved, mapped=taken.mapped, resident=resident)
+    match = _KV_SIZE.search(server.log_text())
+    if match is None:
+        raise server.failed("the log does not say how large the key-value cache is")
+    size = int(float(match[1]) * _MIB)
+    return _Reading(reserved=size, mapped=_held(mappings, size), resident=resident)
+
+
+def _held(mappings: Sequence[smaps.Mapping], size: int) -> int:
+    """How much of a stock cache of `size` bytes is surely in memory: it is one block, so it lies within one
+    anonymous mapping, and at most the mapping's other bytes account for what is resident outside it."""
+    fit = [m for m in mappings if m.usable and not m.name and m.end - m.start >= size]
+    return max((max(0, m.rss - (m.end - m.start - size)) for m in fit), default=0)
