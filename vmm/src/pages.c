@@ -44,6 +44,7 @@ void kvc_pages_count(const kvc_pages *pages, size_t first, size_t end, size_t co
 }
 
 void kvc_pages_set(kvc_pages *pages, size_t first, size_t n, uint8_t state) {
+  if (n == 0) return;
   size_t before[KVC_STATES];
   size_t end = first + n;
   kvc_pages_count(pages, first, end, before);
