@@ -121,7 +121,7 @@ def run(stock: Install, patched: Install, *, workdir: Path, progress: Progress |
     rows = tuple(_row(moment, ordinary.readings[moment], elastic.readings[moment]) for moment in MOMENTS)
     where = first_difference(ordinary.tokens, elastic.tokens)
     return DemoReport(
-        model=f"{model.shape.arch}, {model.shape.layers} layers, {model.path.stat().st_size} bytes, random weights",
+        model=f"{model.shape.arch}, {model.shape.layers} layers, {model.path.stat().st_size} bytes",
         cells=CELLS,
         rows=rows,
         tokens=len(ordinary.tokens),

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from kvpatch.smoke.install import Install
-from kvpatch.smoke.llama_checks import llama_checks, make_models
-from kvpatch.smoke.ollama_checks import ollama_checks
+from kvpatch.smoke.llama_checks import check_llama, make_models
+from kvpatch.smoke.ollama_checks import check_ollama
 from kvpatch.smoke.report import Check, CheckFailed, Outcome, Progress, Recorder, SmokeReport
 from kvpatch.smoke.server import marked, run_mark
 
@@ -27,9 +27,9 @@ def run(
     recorder = Recorder(progress)
     if recorder.run("the elastic cache's library is there", lambda: _library(install)):
         made = make_models(folder / "models")
-        llama_checks(recorder, install, made, folder, self_test=self_test)
+        check_llama(recorder, install, made, folder, self_test=self_test)
         if install.kind == "ollama":
-            ollama_checks(recorder, install, made, folder)
+            check_ollama(recorder, install, made, folder)
     recorder.run("every process ended", _all_ended)
     return SmokeReport(root=str(install.root), kind=install.kind, checks=tuple(recorder.checks))
 

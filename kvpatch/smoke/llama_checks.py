@@ -59,9 +59,7 @@ def make_models(folder: Path) -> Models:
     )
 
 
-def llama_checks(
-    recorder: Recorder, install: Install, made: Models, folder: Path, *, self_test: bool
-) -> None:
+def check_llama(recorder: Recorder, install: Install, made: Models, folder: Path, *, self_test: bool) -> None:
     """All checks of a llama-server. With `self_test`, more than one configuration must be seen to fail when
     pages are left out."""
     main = Config(name="llama, -fa on", model=made.first, flash=True)

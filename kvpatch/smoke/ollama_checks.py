@@ -50,7 +50,7 @@ class Talk:
     memory: Mapping[str, int]
 
 
-def ollama_checks(recorder: Recorder, install: Install, made: Models, folder: Path) -> None:
+def check_ollama(recorder: Recorder, install: Install, made: Models, folder: Path) -> None:
     """All checks of `ollama serve`."""
     embedder = models.tiny_embedding(folder / "embed.gguf", 1)
     stock = Instance(install=install, folder=folder, name="off")

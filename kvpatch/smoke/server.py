@@ -29,6 +29,7 @@ _PORT_TRIES = 3
 _POLL_SECONDS = 0.02
 _CONNECT_SECONDS = 2.0
 _END_SECONDS = 10.0
+_CRASH_SECONDS = 5.0
 _IN_USE = ("address already in use", "couldn't bind", "bind: address")
 _numbers = itertools.count(1)
 
@@ -162,8 +163,8 @@ class Server:
         )
 
     def _unanswered(self, detail: str, error: Exception) -> CheckFailed:
-        # The connection may break a moment before the kernel has the exit status ready.
-        deadline = time.monotonic() + 1.0
+        # A crashed process closes its connections before its exit status is there (it may dump core first).
+        deadline = time.monotonic() + _CRASH_SECONDS
         while (returncode := self._child.poll()) is None:
             if time.monotonic() > deadline:
                 return self.failed(f"{detail}, though the process still runs ({type(error).__name__})")
@@ -273,7 +274,7 @@ def _wait_ready(server: Server, spec: ServerSpec) -> int | None:
             )
         with contextlib.suppress(requests.RequestException):
             # Somebody else's server may answer on a port that ours failed to get.
-            if server.answers(spec.ready_path) and listens(server, server.port):
+            if listens(server, server.port) and server.answers(spec.ready_path):
                 return None
         time.sleep(_POLL_SECONDS)
     return returncode

@@ -1,0 +1,260 @@
+"""The verdicts on what servers showed, on made-up showings: each must pass on good figures and fail on bad
+ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvpatch import demo
+from kvpatch.demo import DemoRow
+from kvpatch.smoke import llama_checks as checks
+from kvpatch.smoke import models, ollama_checks, smaps
+from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, log_figures
+from kvpatch.smoke.ollama_checks import Talk
+from kvpatch.smoke.report import CheckFailed, Outcome
+
+_STEP = 2 * 4 * 128 * 256  # K and V, 4 layers, 128 bytes a cell, 256 cells
+_CELLS = 8192
+_FULL = _STEP * _CELLS // 256
+
+
+def _answer(*tokens: int, logprob: float = -0.5, truncated: bool = False) -> Answer:
+    return Answer(
+        tokens=tokens,
+        alternatives=tuple(((t, logprob), (t + 1, logprob - 1)) for t in tokens),
+        text="",
+        truncated=truncated,
+    )
+
+
+def _sample(moment: str, mapped: int, cells: int = 0) -> Sample:
+    return Sample(
+        moment=moment,
+        mapped=mapped,
+        reserved=_FULL,
+        usable=mapped,
+        held_min=mapped // 2,
+        held_max=mapped,
+        cells=cells,
+    )
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    model = models.TinyModel(path=tmp_path / "m.gguf", seed=1, shape=models.LLAMA, sha256="")
+    return Session(
+        config=Config(name="llama", model=model, flash=True, cells=_CELLS),
+        asks=2,
+        answers=(_answer(1, 2, 3), _answer(4, 5, 6), _answer(1, 2, 3)),
+        samples=(
+            _sample("start", 0),
+            _sample("ask 1", _STEP, 200),
+            _sample("ask 2", 5 * _STEP, 1200),
+            _sample("held", 5 * _STEP, 1200),
+            _sample("erased", 0),
+        ),
+        erase_seconds=0.1,
+        shifts=0,
+        elastic_lines=7,
+        log=tmp_path / "log",
+        logs={"llama-server": "its last line"},
+    )
+
+
+def _with(session: Session, moment: str, **changes: int) -> Session:
+    return replace(
+        session,
+        samples=tuple(replace(s, **changes) if s.moment == moment else s for s in session.samples),
+    )
+
+
+_VERDICTS = (
+    checks.memory_at_start,
+    checks.memory_grows,
+    checks.memory_kept,
+    checks.memory_falls,
+    checks.memory_witnessed,
+)
+
+
+@pytest.mark.parametrize("verdict", _VERDICTS)
+def test_good_memory_passes(session: Session, verdict: Callable[[Session], Outcome]) -> None:
+    assert verdict(session).figures
+
+
+@pytest.mark.parametrize("verdict", _VERDICTS)
+def test_no_figures_never_pass(session: Session, verdict: Callable[[Session], Outcome]) -> None:
+    with pytest.raises(CheckFailed, match="no figures of an elastic cache"):
+        verdict(replace(session, samples=()))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "moment", "changes", "says"),
+    [
+        (checks.memory_at_start, "start", {"reserved": _FULL // 2}, "the context takes"),
+        (checks.memory_at_start, "start", {"mapped": _FULL // 5}, "more than a tenth"),
+        (checks.memory_grows, "ask 1", {"mapped": _STEP // 2}, "expected"),
+        (checks.memory_grows, "ask 2", {"mapped": 9 * _STEP}, "expected"),
+        (checks.memory_grows, "start", {"mapped": _STEP}, "did not grow"),
+        (checks.memory_kept, "held", {"mapped": 4 * _STEP}, "a while later"),
+        (checks.memory_falls, "erased", {"mapped": 2 * _STEP}, "more than one step"),
+        (checks.memory_falls, "erased", {"usable": 2 * _STEP}, "more than one step"),
+        (checks.memory_falls, "ask 2", {"mapped": 0}, "did not fall"),
+        (checks.memory_witnessed, "ask 1", {"usable": 2 * _STEP}, "by the kernel"),
+        (checks.memory_witnessed, "held", {"held_min": 6 * _STEP}, "physically held"),
+        (checks.memory_witnessed, "ask 2", {"held_max": _STEP}, "the kernel shows"),
+    ],
+)
+def test_bad_memory_fails_with_logs(
+    session: Session,
+    verdict: Callable[[Session], Outcome],
+    moment: str,
+    changes: dict[str, int],
+    says: str,
+) -> None:
+    with pytest.raises(CheckFailed, match=says) as caught:
+        verdict(_with(session, moment, **changes))
+    assert caught.value.logs == {"llama-server": "its last line"}
+
+
+def test_equal_answers_pass(session: Session) -> None:
+    assert checks.same_answers(session, session).figures["tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ((_answer(1, 2, 9), _answer(4, 5, 6), _answer(1, 2, 3)), "answer 1 differs from token 3"),
+        ((_answer(1, 2, 3), _answer(4, 5, 6, logprob=-0.5000001), _answer(1, 2, 3)), "other probabilities"),
+        ((_answer(1, 2, 3), _answer(4, 5, 6), _answer(1, 2, 7)), "answer 3 differs"),
+    ],
+)
+def test_any_difference_fails(session: Session, answers: tuple[Answer, ...], says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        checks.same_answers(session, replace(session, answers=answers))
+
+
+def test_an_answer_that_erasing_changed_fails(session: Session) -> None:
+    both = replace(session, answers=(_answer(1, 2, 3), _answer(4, 5, 6), _answer(1, 2, 7)))
+    with pytest.raises(CheckFailed, match="after erasing"):
+        checks.same_answers(both, both)
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2], [1, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+
+
+def test_log_figures() -> None:
+    assert log_figures("llama_kv_cache: size = 8.00 MiB\n") is None
+    text = (
+        "kvcached: region base=0x7f0000000000 size=8192 name=cache\n"
+        "kvcached: CPU KV reserved = 0.01 MiB, mapped = 0.00 MiB, page = 4 KiB, limit = none\n"
+    )
+    assert log_figures(text) == ((smaps.Range(start=0x7F0000000000, size=8192),), 0, 8192)
+    text += "kvcached: mapped = 4096 reserved = 8192\nkvcached: mapped = 8192 reserved = 8192\n"
+    figures = log_figures(text)
+    assert figures is not None
+    assert figures[1:] == (8192, 8192)
+
+
+def _row(moment: str, mapped: int) -> DemoRow:
+    return DemoRow(
+        moment=moment,
+        stock_reserved=_FULL,
+        stock_mapped=_FULL,
+        stock_resident=2 * _FULL,
+        elastic_reserved=_FULL,
+        elastic_mapped=mapped,
+        elastic_resident=mapped,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mapped", "where", "says"),
+    [
+        ((0, 1, 5, 0), None, None),
+        ((0, 1, 5, 0), 3, "from number 4 on"),
+        ((4, 5, 6, 0), None, "at start"),
+        ((0, 5, 5, 0), None, "do not grow"),
+        ((0, 1, 5, 4), None, "after release"),
+    ],
+)
+def test_demo_says_what_is_not_as_promised(
+    mapped: tuple[int, ...], where: int | None, says: str | None
+) -> None:
+    rows = [_row(moment, steps * _STEP) for moment, steps in zip(demo.MOMENTS, mapped, strict=True)]
+    problems = demo._problems(rows, where)
+    if says is None:
+        assert problems == ()
+    else:
+        assert len(problems) == 1
+        assert says in problems[0]
+
+
+def test_demo_reads_a_stock_cache_by_what_is_surely_resident() -> None:
+    def mapping(size: int, rss: int, perms: str = "rw-p") -> smaps.Mapping:
+        return smaps.Mapping(start=0, end=size, perms=perms, name="", rss=rss, swap=0)
+
+    assert demo._held([mapping(_FULL, _FULL)], _FULL) == _FULL
+    assert demo._held([mapping(_FULL + 4096, _FULL)], _FULL) == _FULL - 4096
+    assert demo._held([mapping(_FULL, _FULL, "---p"), mapping(_FULL // 2, _FULL // 2)], _FULL) == 0
+
+
+def _talk(**memory: int) -> Talk:
+    words = " ".join(models.prompt_text(64, 5).split())
+    texts = {"generate": words}
+    for turn in (1, 2, 3):
+        texts[f"kv-first, turn {turn}"] = words
+        texts[f"kv-second, turn {turn}"] = models.prompt_text(64, 6)
+    figures = {"lease, both": 10, "charge, both": 12}
+    for moment, mapped in (("short", _STEP), ("long", 12 * _STEP)):
+        figures.update({f"{moment}: {key}": mapped for key in ("kv_mapped", "logged", "usable", "held_max")})
+        figures.update({f"{moment}: held_min": 0, f"{moment}: limit": 10**9, f"{moment}: kv_reserved": _FULL})
+    return Talk(texts=texts, vectors=((1.0, 2.0),), pieces=9, memory={**figures, **memory})
+
+
+def test_ollama_verdicts_pass_on_good_figures(session: Session) -> None:
+    talk = _talk()
+    assert ollama_checks._same(talk, talk)
+    assert ollama_checks._alternate(talk)
+    assert ollama_checks._memory(talk, session.config.model)
+
+
+@pytest.mark.parametrize(
+    ("memory", "says"),
+    [
+        ({"short: kv_mapped": 2 * _STEP}, "/api/ps says"),
+        ({"long: usable": _STEP}, "/api/ps says"),
+        ({"long: held_min": 13 * _STEP}, "kernel's count"),
+        ({"long: held_max": _STEP}, "kernel's count"),
+        ({"short: limit": 5}, "config.yaml sets a limit"),
+        ({"short: kv_reserved": _STEP}, "reserved for a context"),
+    ],
+)
+def test_ollama_memory_fails_on_bad_figures(session: Session, memory: dict[str, int], says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        ollama_checks._memory(_talk(**memory), session.config.model)
+
+
+def test_ollama_answers_must_be_equal_rich_and_of_each_model() -> None:
+    talk = _talk()
+    other = replace(talk, texts={**talk.texts, "generate": "ba be"})
+    with pytest.raises(CheckFailed, match="with the cache off"):
+        ollama_checks._same(talk, other)
+    with pytest.raises(CheckFailed, match="distinct syllables"):
+        ollama_checks._same(other, other)
+    with pytest.raises(CheckFailed, match="embeddings differ"):
+        ollama_checks._same(talk, replace(talk, vectors=((1.0, 3.0),)))
+    with pytest.raises(CheckFailed, match="answers otherwise"):
+        ollama_checks._alternate(replace(talk, texts={**talk.texts, "kv-first, turn 3": "ba"}))
+    alike = {
+        key.replace("kv-first", "kv-second"): text for key, text in talk.texts.items() if "kv-first" in key
+    }
+    with pytest.raises(CheckFailed, match="answer alike"):
+        ollama_checks._alternate(replace(talk, texts={**talk.texts, **alike}))
