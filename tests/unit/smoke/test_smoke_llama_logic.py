@@ -163,7 +163,7 @@ def test_log_figures() -> None:
     assert figures[1:] == (8192, 8192)
 
 
-def _row(moment: str, mapped: int) -> DemoRow:
+def _row(moment: str, mapped: int, equal: bool | None) -> DemoRow:
     return DemoRow(
         moment=moment,
         stock_reserved=_FULL,
@@ -172,24 +172,29 @@ def _row(moment: str, mapped: int) -> DemoRow:
         elastic_reserved=_FULL,
         elastic_mapped=mapped,
         elastic_resident=mapped,
+        tokens_equal=equal,
     )
 
 
+_EQUAL = (None, True, True, True)
+
+
 @pytest.mark.parametrize(
-    ("mapped", "where", "says"),
+    ("mapped", "equal", "says"),
     [
-        ((0, 1, 5, 0), None, None),
-        ((0, 1, 5, 0), 3, "from number 4 on"),
-        ((4, 5, 6, 0), None, "at start"),
-        ((0, 5, 5, 0), None, "do not grow"),
-        ((0, 1, 5, 4), None, "after release"),
+        ((0, 1, 5, 0), _EQUAL, None),
+        ((0, 1, 5, 0), (None, True, False, True), "after a long prompt, the tokens differ"),
+        ((0, 1, 5, 0), (None, None, None, None), "no tokens were compared"),
+        ((4, 5, 6, 0), _EQUAL, "at start"),
+        ((0, 5, 5, 0), _EQUAL, "do not grow"),
+        ((0, 1, 5, 4), _EQUAL, "after release"),
     ],
 )
 def test_demo_says_what_is_not_as_promised(
-    mapped: tuple[int, ...], where: int | None, says: str | None
+    mapped: tuple[int, ...], equal: tuple[bool | None, ...], says: str | None
 ) -> None:
-    rows = [_row(moment, steps * _STEP) for moment, steps in zip(demo.MOMENTS, mapped, strict=True)]
-    problems = demo._problems(rows, where)
+    rows = [_row(m, n * _STEP, e) for m, n, e in zip(demo.MOMENTS, mapped, equal, strict=True)]
+    problems = demo._problems(rows)
     if says is None:
         assert problems == ()
     else:
