@@ -58,8 +58,10 @@ class Instance:
     def spec(self) -> ServerSpec:
         dot = self.home / ".ollama"
         dot.mkdir(parents=True, exist_ok=True)
+        settings = dot / "config.yaml"
+        settings.unlink(missing_ok=True)
         if self.config is not None:
-            (dot / "config.yaml").write_text(self.config, encoding="utf-8")
+            settings.write_text(self.config, encoding="utf-8")
         return ServerSpec(
             name=f"ollama-{self.name}",
             argv=lambda port: [self.binary, "serve"],

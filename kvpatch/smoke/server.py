@@ -189,8 +189,7 @@ def serve(spec: ServerSpec, folder: Path, *, pick_port: Callable[[], int] | None
     pick = pick_port or free_port
     for attempt in range(1, _PORT_TRIES + 1):
         port = pick()
-        number = next(_numbers)
-        log = folder / f"{number:02d}-{spec.name}.log"
+        log = _fresh_log(spec, folder)
         mark = f"{os.getpid()}-{uuid.uuid4().hex}"
         with process.start(
             spec.argv(port), env={**spec.env(port), MARK: mark}, cwd=folder, output=log
@@ -214,7 +213,7 @@ def serve(spec: ServerSpec, folder: Path, *, pick_port: Callable[[], int] | None
 def start_and_wait_end(spec: ServerSpec, folder: Path, *, seconds: float) -> tuple[int, str]:
     """Start a server that is expected to refuse to run; its exit status and log. Raises CheckFailed when it
     still runs after `seconds`."""
-    log = folder / f"{next(_numbers):02d}-{spec.name}.log"
+    log = _fresh_log(spec, folder)
     port = free_port()
     mark = f"{os.getpid()}-{uuid.uuid4().hex}"
     with process.start(spec.argv(port), env={**spec.env(port), MARK: mark}, cwd=folder, output=log) as child:
@@ -231,6 +230,13 @@ def start_and_wait_end(spec: ServerSpec, folder: Path, *, seconds: float) -> tup
         finally:
             server.close()
             _kill_marked(mark)
+
+
+def _fresh_log(spec: ServerSpec, folder: Path) -> Path:
+    """The path of the next log. What an earlier run wrote there goes: figures are read from logs."""
+    log = folder / f"{next(_numbers):02d}-{spec.name}.log"
+    log.unlink(missing_ok=True)
+    return log
 
 
 def free_port() -> int:

@@ -43,6 +43,13 @@ def test_serves_and_ends(fake: Fake, tmp_path: Path) -> None:
     assert server.log.parent == tmp_path
 
 
+def test_an_earlier_runs_log_is_not_read(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_numbers", iter([1]))
+    (tmp_path / "01-fake.log").write_text("kvcached: mapped = 1 reserved = 2\n", encoding="utf-8")
+    with serve(fake(), tmp_path) as server:
+        assert "kvcached" not in server.log_text()
+
+
 def test_a_server_that_refuses_to_start_leaves_its_last_lines(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(ServerDied, match="ended with status 3") as caught, serve(fake("refuse"), tmp_path):
         pass
