@@ -201,7 +201,7 @@ def _read(server: Server, config: Config, elastic: Elastic) -> _Reading:
         taken = sample(server, "demo", 0)
         if taken is None:
             raise server.failed("no address range of an elastic cache in the log")
-        if taken.usable != taken.mapped or taken.held_min > taken.mapped:
+        if taken.usable != taken.mapped or not taken.held_min <= taken.mapped <= taken.held_max:
             raise server.failed(
                 f"{taken.mapped} bytes logged as mapped; by the kernel {taken.usable} are usable, "
                 f"{taken.held_min} to {taken.held_max} held"

@@ -132,7 +132,7 @@ def source_json(source: Resolved) -> dict[str, Any]:
 
 def patch_sums(patches: tuple[Patch, ...]) -> dict[str, str]:
     """File name to sha256 of each patch."""
-    return {patch.path.name: hashing.of_file(patch.path) for patch in patches}
+    return {patch.file.name: patch.sha256 for patch in patches}
 
 
 def make(request: Request, *, progress: Callable[[str], None] | None = None) -> Plan:
@@ -145,6 +145,9 @@ def make(request: Request, *, progress: Callable[[str], None] | None = None) -> 
     cache = paths.cache_root(request.cache)
     store = Store(cache / "sources")
     _check(request)
+    # Before anything is fetched: a missing compiler should not be found out after minutes of download.
+    needed = toolchain.OLLAMA if request.llama_cpp is None else toolchain.LLAMA_CPP
+    tools = tuple(toolchain.ensure(requirement, cache / "tools", progress=progress) for requirement in needed)
 
     release = None
     ollama = None
@@ -164,8 +167,6 @@ def make(request: Request, *, progress: Callable[[str], None] | None = None) -> 
             hint="give a git repository with that commit by --llama-cpp-source, or `--llama-cpp-source sdist`",
         )
 
-    tools_dir = cache / "tools"
-    needed = toolchain.OLLAMA if ollama is not None else toolchain.LLAMA_CPP
     plan = Plan(
         kind="ollama" if ollama is not None else "llama.cpp",
         release=release,
@@ -176,7 +177,7 @@ def make(request: Request, *, progress: Callable[[str], None] | None = None) -> 
         warnings=warnings,
         llama_cpp_patches=(),
         ollama_patches=(),
-        tools=tuple(toolchain.ensure(requirement, tools_dir, progress=progress) for requirement in needed),
+        tools=tools,
         backend=tuple(sorted(set(request.backend))),
         stock=request.stock,
         jobs=request.jobs or len(os.sched_getaffinity(0)),

@@ -27,12 +27,12 @@ class ProcessFailure(Exception):
     """A program ended with a non-zero status, or could not be started (`returncode` is then None)."""
 
     def __init__(self, argv: Sequence[str], returncode: int | None, tail: str, log: Path | None) -> None:
-        self.argv = tuple(argv)
+        self.argv = tuple(str(word) for word in argv)
         self.returncode = returncode
         self.tail = tail
         self.log = log
         status = "could not be started" if returncode is None else f"ended with status {returncode}"
-        super().__init__(f"`{' '.join(argv)}` {status}" + (f"\n{tail}" if tail else ""))
+        super().__init__(f"`{' '.join(self.argv)}` {status}" + (f"\n{tail}" if tail else ""))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

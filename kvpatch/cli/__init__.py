@@ -11,8 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import typer
+from typer.main import get_command
+
 from kvpatch import __version__
 from kvpatch.cli import output
+from kvpatch.cli.app import app
+from kvpatch.cli.output import ParseError
 from kvpatch.errors import KvpatchError
 
 INTERRUPTED = 130
@@ -26,24 +31,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code; everything that can go wrong is rendered here."""
-    # Imported late: it brings typer and the whole library, and --version must not wait for that.
-    import click
-    from typer.main import get_command
-
-    from kvpatch.cli.app import app
-
     screen = output.Screen(json_mode="--json" in argv, command=output.command_name(argv))
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         returned = get_command(app).main(args=argv, prog_name="kvpatch", standalone_mode=False, obj=screen)
         return returned if isinstance(returned, int) else 0
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
+        # Ctrl-C inside a command reaches us in this form: typer turns it into an exit of its own.
+        if done.exit_code == INTERRUPTED:
+            screen.interrupted(INTERRUPTED)
         return int(done.exit_code)
-    except click.exceptions.ClickException as error:
+    except ParseError as error:
         return screen.usage_error(error)
     except KvpatchError as error:
         return screen.failure(error)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         screen.interrupted(INTERRUPTED)
         return INTERRUPTED
     except Exception as error:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
+import typer
 from rich.console import Console, RenderableType
 
 from kvpatch.cli.progress import CiLines, LiveRows, PlainLines
@@ -17,6 +17,8 @@ from kvpatch.errors import KvpatchError
 from kvpatch.events import Events
 
 ENVELOPE_SCHEMA = 1
+# Newer typers carry their own copy of click and older ones import it; both name this base class, neither exports it.
+ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def command_name(argv: Sequence[str]) -> str:
@@ -65,14 +67,15 @@ class Screen:
         self._error_lines(error.message, error.hint)
         return error.exit_code
 
-    def usage_error(self, error: click.ClickException) -> int:
-        """Render a command line that does not parse; returns 2."""
+    def usage_error(self, error: Exception) -> int:
+        """Render a command line that does not parse (a ParseError); returns 2."""
         context = getattr(error, "ctx", None)
+        message = str(error.format_message())  # type: ignore[attr-defined]
         hint = f"{context.command_path} --help" if context is not None else "kvpatch --help"
         if self.json_mode:
-            entry = {"code": "usage", "message": error.format_message(), "hint": hint, "data": {}}
+            entry = {"code": "usage", "message": message, "hint": hint, "data": {}}
             self._envelope("error", 2, {}, [entry])
-        self._error_lines(error.format_message(), hint)
+        self._error_lines(message, hint)
         return 2
 
     def interrupted(self, exit_code: int) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 from kvpatch import __version__, generate
@@ -28,11 +31,33 @@ def run(context: Context) -> Value:
     """Render and write what templates/*/manifest.toml list. Raises GenerateError."""
     value: Value = {}
     for upstream, tree in context.trees().items():
+        files: tuple[generate.Generated, ...] = ()
         if not context.plan.stock:
             files = generate.render(context.plan.data, upstream, template_context(context))
             changed = generate.write(files, tree)
             context.detail("generate", f"{upstream}: {len(changed)} of {len(files)} files written")
             value[upstream] = {file.dest: hashlib.sha256(file.content).hexdigest() for file in files}
         mtimes.restore(tree)
+        _announce(tree, [file.dest for file in files])
         worktree.mark_finished(tree)
     return value
+
+
+def _announce(tree: Path, names: list[str]) -> None:
+    """Make CMake look again for source files when the set of generated ones changed.
+
+    Upstream collects some sources with file(GLOB) and without CONFIGURE_DEPENDS, so a nested build that was configured
+    before would neither compile a new file nor miss a removed one. A newer CMakeLists.txt makes ninja configure again.
+    """
+    record = tree / ".kvpatch" / "generated.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+    for name in set(before).symmetric_difference(names):
+        for folder in (tree / name).parents:
+            listing = folder / "CMakeLists.txt"
+            if listing.is_file():
+                os.utime(listing)
+                break
+            if folder == tree:
+                break
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps(sorted(names)), encoding="utf-8")
