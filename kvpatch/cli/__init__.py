@@ -35,11 +35,12 @@ def run(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         returned = get_command(app).main(args=argv, prog_name="kvpatch", standalone_mode=False, obj=screen)
-        return returned if isinstance(returned, int) else 0
-    except typer.Exit as done:
-        # Ctrl-C inside a command reaches us in this form: typer turns it into an exit of its own.
-        if done.exit_code == INTERRUPTED:
+        code = returned if isinstance(returned, int) else 0
+        # Ctrl-C inside a command reaches us in this form: typer makes an exit of its own out of it.
+        if code == INTERRUPTED:
             screen.interrupted(INTERRUPTED)
+        return code
+    except typer.Exit as done:
         return int(done.exit_code)
     except ParseError as error:
         return screen.usage_error(error)
