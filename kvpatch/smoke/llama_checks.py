@@ -284,29 +284,23 @@ def memory_falls(session: Session) -> Outcome:
 
 
 def memory_witnessed(session: Session) -> Outcome:
-    """At every moment: the bytes the kernel lets the process use are the bytes logged; what is physically
-    held is no more than that; and it is at least what the tokens in the cache take (full-attention layers
-    only)."""
-    model = session.config.model
-    full_layers = model.shape.layers // 2 if model.shape.window else model.shape.layers
+    """At every moment the bytes logged as mapped are those that the kernel lets the process use, and those
+    that it holds in memory for it (pages are filled when they are mapped)."""
     figures: dict[str, Figure] = {}
     moments = (session.sample("start"), *session.asked(), session.sample("held"), session.sample("erased"))
     for now in moments:
-        figures[now.moment] = f"mapped {now.mapped}, usable {now.usable}, held {now.held_min}..{now.held_max}"
+        figures[now.moment] = (
+            f"mapped {now.mapped}, usable {now.usable}, held {now.held_min} to {now.held_max}"
+        )
         if now.usable != now.mapped:
             raise session.failed(
                 f"{now.moment}: {now.mapped} bytes logged as mapped, by the kernel {now.usable} are usable",
                 **figures,
             )
-        if now.held_min > now.mapped:
+        if not now.held_min <= now.mapped <= now.held_max:
             raise session.failed(
-                f"{now.moment}: {now.held_min} bytes physically held, {now.mapped} logged as mapped",
-                **figures,
-            )
-        written = 2 * full_layers * model.shape.row_bytes * now.cells
-        if now.held_max < written:
-            raise session.failed(
-                f"{now.moment}: {now.cells} cells take {written} bytes, the kernel shows {now.held_max}",
+                f"{now.moment}: {now.mapped} bytes logged as mapped, the kernel holds {now.held_min} to "
+                f"{now.held_max}",
                 **figures,
             )
     return Outcome(f"{len(moments)} moments agree with /proc", figures)
