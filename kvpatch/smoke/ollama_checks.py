@@ -111,8 +111,15 @@ def _serve(instance: Instance, made: Models, embedder: models.TinyModel, found: 
     if f"{ENABLED}:" not in log and f"{ENABLED}=" not in log:
         raise CheckFailed(f"the start-up log does not show {ENABLED}", logs={server.name: tail(log)})
     lines = sum("kvcached: " in line for line in log.splitlines())
-    if instance.config is None and "kvcached: region" in log:
-        raise CheckFailed("switched off, a model still gets an elastic cache", logs={server.name: tail(log)})
+    if instance.config is None and lines:
+        raise CheckFailed(
+            f"switched off, {lines} lines of the log are about the elastic cache",
+            logs={server.name: tail(log)},
+        )
+    if instance.config is not None and "config.yaml line" not in log:
+        raise CheckFailed(
+            "the start-up log does not say that config.yaml sets the limit", logs={server.name: tail(log)}
+        )
     found[instance.name] = talk
     return Outcome(
         f"{len(talk.texts)} answers, one in {talk.pieces} pieces, {len(talk.vectors)} embeddings",
