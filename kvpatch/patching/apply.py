@@ -107,7 +107,8 @@ def _apply(
             if stopped:
                 report = dataclasses.replace(report, status=Status.FITS)
             else:
-                good = _commit_patch(repository, good, patch, trial.files[patch.name])
+                changed = trial.files[patch.name]
+                good = _commit_patch(repository, good, patch, changed, repository.entries(base))
                 report = dataclasses.replace(report, commit=good)
         reports.append(report)
     # The hooks' files are checked against both ends, so that a tree from an interrupted run is not called
@@ -159,16 +160,13 @@ def _commit(repository: Repository, name: str) -> str:
     return found
 
 
-def _commit_patch(repository: Repository, parent: str, patch: Patch, files: Mapping[str, bytes]) -> str:
-    modes = {file.path: file.mode for file in patch.files}
-    current = repository.entries(parent)
+def _commit_patch(
+    repository: Repository, parent: str, patch: Patch, files: Mapping[str, bytes], modes: Mapping[str, Entry]
+) -> str:
     entries = {
-        path: Entry(
-            mode=current[path].mode if path in current else modes[path], oid=repository.write_blob(data)
-        )
-        for path, data in files.items()
+        path: Entry(mode=modes[path].mode, oid=repository.write_blob(data)) for path, data in files.items()
     }
-    author = {"name": patch.author, "email": patch.email, "date": f"{patch.timestamp} {patch.zone}"}
+    author = {"name": patch.author, "email": patch.email, "date": f"@{patch.timestamp} {patch.zone}"}
     return repository.commit(parent, entries, message=patch.message, author=author)
 
 
