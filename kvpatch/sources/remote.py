@@ -213,6 +213,7 @@ class Remote:
                     stdin=None if stdin is None else stdin.encode(),
                 )
             except GitError as error:
+                self._layout.sweep(git_dir)
                 if any(words in error.stderr for words in _NO_SUCH):
                     if stdin is not None:
                         raise MissingObjectsError(
