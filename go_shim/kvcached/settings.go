@@ -174,9 +174,11 @@ func keys() []string {
 
 // unknown says that a name means nothing here, and what was probably meant; with nothing near, what there is.
 func unknown(kind, name string, known []string) string {
-	best, distance := "", len(name)/3+1
+	// The prefix that all variables share would make any two of them look alike.
+	bare := func(s string) string { return strings.ToLower(strings.TrimPrefix(strings.ToUpper(s), variablePrefix)) }
+	best, distance := "", len(bare(name))/3+1
 	for _, candidate := range known {
-		if d := editDistance(strings.ToLower(name), strings.ToLower(candidate)); d <= distance && (best == "" || d < distance) {
+		if d := editDistance(bare(name), bare(candidate)); d <= distance && (best == "" || d < distance) {
 			best, distance = candidate, d
 		}
 	}
