@@ -120,7 +120,9 @@ def _ledger() -> Finding:
     return Finding(
         name="shared memory",
         status="ok" if usable else "missing",
-        found=f"{_LEDGER_DIR}, {shutil.disk_usage(_LEDGER_DIR).free / 1e6:.0f} MB free" if usable else f"no writable {_LEDGER_DIR}",
+        found=f"{_LEDGER_DIR}, {shutil.disk_usage(_LEDGER_DIR).free / 1e6:.0f} MB free"
+        if usable
+        else f"no writable {_LEDGER_DIR}",
         needed_for="the ledger of a running elastic server",
         cure="" if usable else "mount a tmpfs at /dev/shm",
     )

@@ -24,7 +24,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_ERROR_ENTRY = re.compile(r"""XX\(\s*(?P<name>[A-Z0-9_]+)\s*,\s*(?P<value>-?\d+)\s*,\s*"(?P<text>[^"]*)"\s*\)""")
+_ERROR_ENTRY = re.compile(
+    r"""XX\(\s*(?P<name>[A-Z0-9_]+)\s*,\s*(?P<value>-?\d+)\s*,\s*"(?P<text>[^"]*)"\s*\)"""
+)
 _ABI = re.compile(r"#define\s+KVCACHED_ABI_VERSION\s+(\d+)")
 
 
@@ -53,7 +55,7 @@ def render(data: Path, upstream: str, context: Mapping[str, Any]) -> tuple[Gener
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - C, C++ and Go, not HTML
+        autoescape=False,
     )
     values = {**header_facts(data / "vmm" / "include" / "kvcached.h"), **context}
     generated: list[Generated] = []

@@ -27,7 +27,9 @@ def of_file(path: Path) -> str:
 
 def files_under(root: Path) -> list[Path]:
     """All files below `root` in a stable order, build leftovers aside."""
-    return sorted(p for p in root.rglob("*") if p.is_file() and not _SKIPPED.intersection(p.relative_to(root).parts))
+    return sorted(
+        p for p in root.rglob("*") if p.is_file() and not _SKIPPED.intersection(p.relative_to(root).parts)
+    )
 
 
 def of_paths(paths: Iterable[Path], root: Path) -> str:

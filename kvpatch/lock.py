@@ -31,9 +31,13 @@ def check(plan: Plan, path: Path) -> None:
     try:
         locked = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"--locked: there is no {path}", hint=f"write it with `kvpatch build --lock {path} ...`") from error
+        raise UsageError(
+            f"--locked: there is no {path}", hint=f"write it with `kvpatch build --lock {path} ...`"
+        ) from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"--locked: {path} cannot be read: {error}", hint="write it again with --lock") from error
+        raise UsageError(
+            f"--locked: {path} cannot be read: {error}", hint="write it again with --lock"
+        ) from error
     differences = list(_differences("", locked, content(plan)))
     if differences:
         raise VerifyError(

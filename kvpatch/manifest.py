@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,7 @@ class Verification:
 def build(plan: Plan, values: Mapping[str, dict[str, Any]], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a build as a value. No time and no path of this machine is in it, so equal builds give equal
     manifests up to the smoke figures."""
-    artifacts = [
-        {k: v for k, v in row.items() if k != "mtime_ns"} for row in values["compile"]["artifacts"]
-    ]
+    artifacts = [{k: v for k, v in row.items() if k != "mtime_ns"} for row in values["compile"]["artifacts"]]
     smoke = values.get("smoke", {}).get("report")
     return {
         "schema": SCHEMA,
@@ -64,11 +61,16 @@ def read(out: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise VerifyError(f"{out} has no {MANIFEST}, so it is not a build of kvpatch", hint="name a folder that `kvpatch build --out` wrote") from error
+        raise VerifyError(
+            f"{out} has no {MANIFEST}, so it is not a build of kvpatch",
+            hint="name a folder that `kvpatch build --out` wrote",
+        ) from error
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path} cannot be read: {error}", hint="build again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise VerifyError(f"{path} is not a manifest of schema {SCHEMA}", hint="build again with this kvpatch")
+        raise VerifyError(
+            f"{path} is not a manifest of schema {SCHEMA}", hint="build again with this kvpatch"
+        )
     return manifest
 
 
@@ -80,7 +82,7 @@ def verify(out: Path) -> Verification:
     for name, row in expected.items():
         path = out / name
         if "link" in row:
-            if not path.is_symlink() or os.readlink(path) != row["link"]:
+            if not path.is_symlink() or str(path.readlink()) != row["link"]:
                 problems.append(f"{name}: is not a link to {row['link']}")
         elif path.is_symlink() or not path.is_file():
             problems.append(f"{name}: missing")
@@ -95,4 +97,6 @@ def verify(out: Path) -> Verification:
             data={"problems": problems},
         )
     smoke = manifest["smoke"]
-    return Verification(manifest=manifest, checked=len(expected), smoked=None if smoke is None else bool(smoke["ok"]))
+    return Verification(
+        manifest=manifest, checked=len(expected), smoked=None if smoke is None else bool(smoke["ok"])
+    )

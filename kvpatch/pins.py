@@ -143,4 +143,6 @@ def load(path: Path) -> Pins:
             llama_cpp=tuple(LlamaCppBuild(**row) for row in raw["llama_cpp"]),
         )
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise KvpatchError(f"{path} cannot be read: {error!r}", hint="restore it from the release of kvpatch") from error
+        raise KvpatchError(
+            f"{path} cannot be read: {error!r}", hint="restore it from the release of kvpatch"
+        ) from error

@@ -39,7 +39,6 @@ class Stage:
     fresh: Callable[[Context, Value], bool] = lambda context, value: True
 
 
-
 def _run_manifest(context: Context) -> Value:
     return {"path": str(_write_manifest(context))}
 
@@ -108,7 +107,9 @@ class Step:
     fresh: bool
 
 
-def steps(plan: Plan, events: Events, *, first: str | None = None, last: str | None = None) -> tuple[Step, ...]:
+def steps(
+    plan: Plan, events: Events, *, first: str | None = None, last: str | None = None
+) -> tuple[Step, ...]:
     """What `run` would do with the same arguments, in order. Nothing is run or written."""
     context = Context(plan=plan, events=events)
     keys = _keys(context)
@@ -183,7 +184,9 @@ def _due(
     if first is not None:
         start = _index(first, "--from")
         if first not in selected:
-            raise UsageError(f"--from {first} lies after --until {last}", hint=f"stages in order: {', '.join(NAMES)}")
+            raise UsageError(
+                f"--from {first} lies after --until {last}", hint=f"stages in order: {', '.join(NAMES)}"
+            )
         early = [name for name in stale if NAMES.index(name) < start]
         if early:
             raise UsageError(
@@ -239,7 +242,9 @@ class _State:
     def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
-        part.write_text(json.dumps({"schema": _STATE_SCHEMA, "stages": self._stages}, indent=1), encoding="utf-8")
+        part.write_text(
+            json.dumps({"schema": _STATE_SCHEMA, "stages": self._stages}, indent=1), encoding="utf-8"
+        )
         part.replace(self._path)
 
 
@@ -252,7 +257,8 @@ def _locked(plan: Plan) -> Iterator[None]:
         lock.acquire(timeout=_LOCK_SECONDS)
     except Timeout as error:
         raise KvpatchError(
-            f"another build holds {plan.workspace} for over {_LOCK_SECONDS / 60:.0f} minutes", hint="wait, or end it"
+            f"another build holds {plan.workspace} for over {_LOCK_SECONDS / 60:.0f} minutes",
+            hint="wait, or end it",
         ) from error
     except OSError as error:
         raise SourceError(

@@ -7,7 +7,6 @@ the stages (see pipeline.py) are computed from it alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from kvpatch import __version__, hashing, paths, pins, toolchain
 from kvpatch.errors import SourceError, UsageError
 from kvpatch.patching import Patch, load_series
-from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Resolved, Store
+from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 
 BACKENDS = ("cpu",)
 SDIST = "sdist"
@@ -88,7 +87,9 @@ class Plan:
         if self.stock:
             return "stock"
         parts = [hashing.of_paths([self.data / top], self.data) for top in ("templates", "vmm", "go_shim")]
-        return hashing.of_value([patch_sums(self.llama_cpp_patches), patch_sums(self.ollama_patches), parts])[:8]
+        return hashing.of_value([patch_sums(self.llama_cpp_patches), patch_sums(self.ollama_patches), parts])[
+            :8
+        ]
 
     @property
     def label(self) -> str:
@@ -135,7 +136,7 @@ def patch_sums(patches: tuple[Patch, ...]) -> dict[str, str]:
     return {patch.file.name: patch.sha256 for patch in patches}
 
 
-def make(request: Request, *, progress: Callable[[str], None] | None = None) -> Plan:
+def make(request: Request, *, progress: Progress) -> Plan:
     """Decide everything. Reads pins, series, sources (refs only) and tools.
 
     Raises UsageError, SourceError, ToolchainError or PatchError, before anything is built.
@@ -212,7 +213,9 @@ def _check(request: Request) -> None:
                 hint="libkvcached has no CUDA pages yet, so a CUDA build would not be elastic",
             )
     if request.jobs is not None and request.jobs < 1:
-        raise UsageError(f"--jobs {request.jobs}: at least 1 is needed", hint="leave --jobs out to use every core")
+        raise UsageError(
+            f"--jobs {request.jobs}: at least 1 is needed", hint="leave --jobs out to use every core"
+        )
 
 
 def _release(known: pins.Pins, store: Store, request: Request) -> pins.OllamaRelease:
@@ -225,7 +228,11 @@ def _release(known: pins.Pins, store: Store, request: Request) -> pins.OllamaRel
         # The user has the repository at hand: say what it holds, not only what we know.
         tags = store.tags(OLLAMA, request.ollama_source)
         tag = wanted if wanted.startswith("v") else f"v{wanted}"
-        there = f"{request.ollama_source} has the tag" if tag in tags else f"{request.ollama_source} has no such tag"
+        there = (
+            f"{request.ollama_source} has the tag"
+            if tag in tags
+            else f"{request.ollama_source} has no such tag"
+        )
         stable = [t for t in tags if t.startswith("v") and "-" not in t]
         nearby = ", ".join(pins.nearest(tag, sorted(stable, key=pins.version_key)))
         raise SourceError(
@@ -240,7 +247,7 @@ def _llama_cpp(
     store: Store,
     request: Request,
     ref: str,
-    progress: Callable[[str], None] | None,
+    progress: Progress,
 ) -> Resolved:
     spec = request.llama_cpp_source
     listed = [s for s in known.sdists if ref in (s.version, SDIST) or _same_commit(s.commit, ref)]
@@ -248,7 +255,9 @@ def _llama_cpp(
         spec = SDIST
     if spec is not None and spec.split(":", 1)[0] == SDIST:
         chosen = spec.partition(":")[2] or None
-        sdist = known.sdist(chosen if chosen and "/" not in chosen else (listed[0].version if listed else None))
+        sdist = known.sdist(
+            chosen if chosen and "/" not in chosen else (listed[0].version if listed else None)
+        )
         if request.llama_cpp is not None and not listed:
             raise SourceError(
                 f"llama.cpp {ref} is not what the source distribution {sdist.version} holds ({sdist.commit})",
@@ -267,7 +276,7 @@ def _pin_status(
     shown = f"llama.cpp {llama_cpp.commit[:9]} ({llama_cpp.kind})"
     if any(_same_commit(llama_cpp.commit, commit) for commit in release.verified_with):
         return "verified", (
-            f"{shown} is not {release.llama_cpp}, which Ollama {release.version} pins; it is verified with this release",
+            f"{shown} is not {release.llama_cpp}, which Ollama {release.version} pins, but is verified with it",
         )
     if request.allow_pin_mismatch:
         return "mismatch", (

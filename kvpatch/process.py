@@ -131,7 +131,7 @@ def start(
             stdout = stack.enter_context(output.open("ab"))
             stderr = subprocess.STDOUT
         try:
-            child = subprocess.Popen(  # noqa: S603 - argument vector, no shell
+            child = subprocess.Popen(
                 args,
                 cwd=cwd,
                 env=clean_environment(env),
@@ -157,10 +157,8 @@ def end(child: subprocess.Popen[str], *, grace: float = _GRACE_SECONDS) -> None:
     """End a program and everything in its group: SIGTERM, after `grace` seconds SIGKILL. Safe to repeat."""
     if child.poll() is None:
         _signal_group(child, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(timeout=grace)
-        except subprocess.TimeoutExpired:
-            pass
     # Even when the leader is gone its descendants may live on in the group.
     _signal_group(child, signal.SIGKILL)
     child.wait()

@@ -146,7 +146,9 @@ def installed(requirement: Requirement, tools_dir: Path) -> Tool | None:
     version = _version_of(path, requirement.version_args) if path.is_file() else None
     if version is None or Version(version) < Version(requirement.minimum):
         return None
-    return Tool(name=requirement.name, path=path, version=version, origin=f"{requirement.package} (package index)")
+    return Tool(
+        name=requirement.name, path=path, version=version, origin=f"{requirement.package} (package index)"
+    )
 
 
 def ensure(
@@ -160,8 +162,10 @@ def ensure(
     if tool is not None:
         return tool
     if requirement.package is None:
-        raise ToolchainError(f"{requirement.name} >= {requirement.minimum} is needed for {requirement.needed_for}: {reason}",
-                             hint=requirement.advice)
+        raise ToolchainError(
+            f"{requirement.name} >= {requirement.minimum} is needed for {requirement.needed_for}: {reason}",
+            hint=requirement.advice,
+        )
     tools_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(tools_dir / f"{requirement.package}.lock"):
         tool = installed(requirement, tools_dir)
@@ -174,8 +178,18 @@ def ensure(
         shutil.rmtree(staging, ignore_errors=True)
         try:
             process.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check",
-                 "--target", staging, f"{requirement.package}>={requirement.minimum}"],
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--no-deps",
+                    "--disable-pip-version-check",
+                    "--target",
+                    staging,
+                    f"{requirement.package}>={requirement.minimum}",
+                ],
                 log=tools_dir / f"{requirement.package}.log",
             )
         except process.ProcessFailure as failure:

@@ -59,7 +59,9 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _crash_file(argv: list[str]) -> Path:
-    with tempfile.NamedTemporaryFile("w", prefix="kvpatch-crash-", suffix=".log", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="kvpatch-crash-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
         file.write(f"kvpatch {__version__} on Python {sys.version}\narguments: {argv}\n\n")
         traceback.print_exc(file=file)
     return Path(file.name)

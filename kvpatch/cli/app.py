@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -31,7 +31,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     del version
 
@@ -136,11 +138,19 @@ _staged("compile", "Everything but the smoke tests.")
 @app.command(name="smoke", help="Smoke-test the binaries in DIR.")
 def _smoke(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `kvpatch build --out` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `kvpatch build --out` wrote.")
+    ],
     self_test: Annotated[
-        bool, typer.Option("--self-test", help="Also run every llama-server check with one page too few mapped: it has to fail.")
+        bool,
+        typer.Option(
+            "--self-test",
+            help="Also run every llama-server check with one page too few mapped: it has to fail.",
+        ),
     ] = False,
-    work_dir: Annotated[Optional[Path], typer.Option("--work-dir", help="Where models and logs go (default: in the cache).")] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option("--work-dir", help="Where models and logs go (default: in the cache).")
+    ] = None,
     cache_dir: options.CacheOption = None,
     json_output: options.JsonOption = False,
 ) -> None:
@@ -152,14 +162,18 @@ def _smoke(
     if not report.ok:
         failed = [check.name for check in report.checks if not check.ok]
         raise SmokeError(
-            f"{len(failed)} of {len(report.checks)} smoke checks failed: {', '.join(failed)}\n" + "\n".join(report.lines()),
+            f"{len(failed)} of {len(report.checks)} smoke checks failed: {', '.join(failed)}\n"
+            + "\n".join(report.lines()),
             hint=f"logs are in {work}",
             data={"report": report.to_json()},
         )
     screen.result({"report": report.to_json()}, *tables.smoke(report))
 
 
-@app.command(name="demo", help="Build llama-server stock and elastic from the embedded default and show both side by side.")
+@app.command(
+    name="demo",
+    help="Build llama-server stock and elastic from the embedded default and show both side by side.",
+)
 def _demo(
     context: typer.Context,
     llama_cpp_source: options.LlamaCppSourceOption = "sdist",
@@ -217,7 +231,9 @@ def _versions(context: typer.Context, json_output: options.JsonOption = False) -
 @app.command(name="verify", help="Hold a build against its manifest.")
 def _verify(
     context: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `kvpatch build --out` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `kvpatch build --out` wrote.")
+    ],
     json_output: options.JsonOption = False,
 ) -> None:
     del json_output
@@ -228,4 +244,6 @@ def _verify(
     table.add_row("build", str(result.manifest["label"]))
     smoked = {None: "not run on this build", True: "passed", False: "failed"}[result.smoked]
     table.add_row("smoke", smoked)
-    screen.result({"checked": result.checked, "smoked": result.smoked, "label": result.manifest["label"]}, table)
+    screen.result(
+        {"checked": result.checked, "smoked": result.smoked, "label": result.manifest["label"]}, table
+    )

@@ -3,33 +3,80 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 OllamaOption = Annotated[
-    Optional[str], typer.Option("--ollama", metavar="vX.Y.Z", help="Release of Ollama to build (the default release when neither is given).")
+    str | None,
+    typer.Option(
+        "--ollama",
+        metavar="vX.Y.Z",
+        help="Release of Ollama to build (the default release when neither is given).",
+    ),
 ]
 LlamaCppOption = Annotated[
-    Optional[str], typer.Option("--llama-cpp", metavar="REF", help="Build llama-server alone, from this llama.cpp tag, commit or sdist version.")
+    str | None,
+    typer.Option(
+        "--llama-cpp",
+        metavar="REF",
+        help="Build llama-server alone, from this llama.cpp tag, commit or sdist version.",
+    ),
 ]
 OllamaSourceOption = Annotated[
-    Optional[str], typer.Option("--ollama-source", metavar="PATH|URL", help="Git URL, local repository, bare mirror, folder or archive of Ollama.")
+    str | None,
+    typer.Option(
+        "--ollama-source",
+        metavar="PATH|URL",
+        help="Git URL, local repository, bare mirror, folder or archive of Ollama.",
+    ),
 ]
 LlamaCppSourceOption = Annotated[
-    Optional[str],
-    typer.Option("--llama-cpp-source", metavar="PATH|URL|sdist", help="The same for llama.cpp; `sdist` takes it out of the pinned llama-cpp-python source distribution."),
+    str | None,
+    typer.Option(
+        "--llama-cpp-source",
+        metavar="PATH|URL|sdist",
+        help="The same for llama.cpp; `sdist` takes it out of the pinned llama-cpp-python source distribution.",
+    ),
 ]
-BackendOption = Annotated[Optional[list[str]], typer.Option("--backend", help="What to build for: cpu.")]
-StockOption = Annotated[bool, typer.Option("--stock", help="Leave everything unpatched: the reference to compare with.")]
+BackendOption = Annotated[list[str] | None, typer.Option("--backend", help="What to build for: cpu.")]
+StockOption = Annotated[
+    bool, typer.Option("--stock", help="Leave everything unpatched: the reference to compare with.")
+]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the binaries go.")]
-JobsOption = Annotated[Optional[int], typer.Option("--jobs", "-j", help="Compile jobs at once (default: every core).")]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", "-j", help="Compile jobs at once (default: every core).")
+]
 PlanOption = Annotated[bool, typer.Option("--plan", help="Say what would be done, and do nothing.")]
-FromOption = Annotated[Optional[str], typer.Option("--from", metavar="STAGE", help="Run this stage and all after it, even when nothing changed.")]
-UntilOption = Annotated[Optional[str], typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="STAGE", help="Run this stage and all after it, even when nothing changed."
+    ),
+]
+UntilOption = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 LockedOption = Annotated[bool, typer.Option("--locked", help="Refuse unless the plan equals the lock file.")]
-LockOption = Annotated[Optional[Path], typer.Option("--lock", metavar="FILE", help="Write the lock file here (with --locked: read it; default kvpatch.lock).")]
-MismatchOption = Annotated[bool, typer.Option("--allow-pin-mismatch", help="Accept a llama.cpp that the release neither pins nor was verified with.")]
-NoCompilerCacheOption = Annotated[bool, typer.Option("--no-compiler-cache", help="Do not use ccache or sccache.")]
-CacheOption = Annotated[Optional[Path], typer.Option("--cache-dir", metavar="DIR", help="Where sources and work trees are kept ($KVPATCH_CACHE).")]
+LockOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--lock",
+        metavar="FILE",
+        help="Write the lock file here (with --locked: read it; default kvpatch.lock).",
+    ),
+]
+MismatchOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pin-mismatch", help="Accept a llama.cpp that the release neither pins nor was verified with."
+    ),
+]
+NoCompilerCacheOption = Annotated[
+    bool, typer.Option("--no-compiler-cache", help="Do not use ccache or sccache.")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir", metavar="DIR", help="Where sources and work trees are kept ($KVPATCH_CACHE)."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON envelope on standard output.")]

@@ -81,7 +81,12 @@ class Screen:
     def interrupted(self, exit_code: int) -> None:
         """Say that the user ended it, and that going on is possible."""
         if self.json_mode:
-            entry = {"code": "interrupted", "message": "interrupted", "hint": None, "data": {}}
+            entry: dict[str, Any] = {
+                "code": "interrupted",
+                "message": "interrupted",
+                "hint": None,
+                "data": {},
+            }
             self._envelope("error", exit_code, {}, [entry])
         self._err.print("interrupted; finished stages are kept, the same command goes on from there")
 
@@ -103,7 +108,9 @@ class Screen:
             first = message.splitlines()[0]
             sys.stderr.write(f"::error title=kvpatch {self.command}::{first}\n")
 
-    def _envelope(self, status: str, exit_code: int, data: dict[str, Any], errors: list[dict[str, Any]]) -> None:
+    def _envelope(
+        self, status: str, exit_code: int, data: dict[str, Any], errors: list[dict[str, Any]]
+    ) -> None:
         envelope = {
             "schema": ENVELOPE_SCHEMA,
             "command": self.command,

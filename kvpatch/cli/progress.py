@@ -25,7 +25,9 @@ class LiveRows:
 
     def stage_started(self, stage: str) -> None:
         self._stage, self._detail, self._began = stage, "", time.monotonic()
-        self._live = Live(console=self._console, get_renderable=self._row, refresh_per_second=8, transient=True)
+        self._live = Live(
+            console=self._console, get_renderable=self._row, refresh_per_second=8, transient=True
+        )
         self._live.start()
 
     def stage_detail(self, stage: str, text: str) -> None:
@@ -36,7 +38,9 @@ class LiveRows:
             self._live.stop()
             self._live = None
         mark, style = _MARKS[status]
-        self._console.print(Text.assemble((f"{mark} ", style), f"{stage:<10}", (_outcome(status, seconds), style)))
+        self._console.print(
+            Text.assemble((f"{mark} ", style), f"{stage:<10}", (_outcome(status, seconds), style))
+        )
 
     def warning(self, text: str) -> None:
         self._console.print(Text.assemble(("! ", "yellow"), text))

@@ -15,7 +15,12 @@ from kvpatch.pipeline import Outcome, Step
 from kvpatch.plan import Plan
 from kvpatch.smoke import SmokeReport
 
-_DOCTOR = {"ok": ("ok", "green"), "index": ("from index", "cyan"), "missing": ("MISSING", "red"), "optional": ("optional", "yellow")}
+_DOCTOR = {
+    "ok": ("ok", "green"),
+    "index": ("from index", "cyan"),
+    "missing": ("MISSING", "red"),
+    "optional": ("optional", "yellow"),
+}
 
 
 def plan(decided: Plan, steps: Sequence[Step]) -> list[RenderableType]:
@@ -24,8 +29,12 @@ def plan(decided: Plan, steps: Sequence[Step]) -> list[RenderableType]:
     facts.add_row("build", decided.name + (" (stock)" if decided.stock else ""))
     for source in (decided.ollama, decided.llama_cpp):
         if source is not None:
-            facts.add_row(source.upstream, f"{source.ref} = {source.commit[:12]} ({source.kind}: {source.location})")
-    facts.add_row("patches", f"{len(decided.ollama_patches)} for Ollama, {len(decided.llama_cpp_patches)} for llama.cpp")
+            facts.add_row(
+                source.upstream, f"{source.ref} = {source.commit[:12]} ({source.kind}: {source.location})"
+            )
+    facts.add_row(
+        "patches", f"{len(decided.ollama_patches)} for Ollama, {len(decided.llama_cpp_patches)} for llama.cpp"
+    )
     facts.add_row("tools", ", ".join(f"{t.name} {t.version}" for t in decided.tools))
     facts.add_row("workspace", str(decided.workspace))
     facts.add_row("out", str(decided.out))
@@ -55,7 +64,14 @@ def smoke(report: SmokeReport) -> list[RenderableType]:
 def demo(report: DemoReport) -> list[RenderableType]:
     """Stock and elastic side by side, sizes in MiB."""
     table = Table(
-        "KV cache", "stock reserved", "stock mapped", "elastic reserved", "elastic mapped", "tokens", box=None, pad_edge=False
+        "KV cache",
+        "stock reserved",
+        "stock mapped",
+        "elastic reserved",
+        "elastic mapped",
+        "tokens",
+        box=None,
+        pad_edge=False,
     )
     for row in report.rows:
         table.add_row(
@@ -80,11 +96,19 @@ def doctor(findings: Sequence[Finding]) -> list[RenderableType]:
 
 def versions(rows: Sequence[ReleaseRow], known: Pins) -> Table:
     """A row a release, newest last."""
-    table = Table("release", "date", "profile", "pins", "verified with", "patches", "status", box=None, pad_edge=False)
+    table = Table(
+        "release", "date", "profile", "pins", "verified with", "patches", "status", box=None, pad_edge=False
+    )
     for row in rows:
         mark = " (default)" if row.version == known.default_ollama else ""
         table.add_row(
-            row.version + mark, row.date, row.profile, row.llama_cpp, ", ".join(row.verified_with), str(row.patches), row.status
+            row.version + mark,
+            row.date,
+            row.profile,
+            row.llama_cpp,
+            ", ".join(row.verified_with),
+            str(row.patches),
+            row.status,
         )
     return table
 

@@ -24,7 +24,9 @@ def run(context: Context) -> Value:
         if upstream == "llama.cpp" and plan.ollama is not None:
             context.detail("apply", "llama.cpp: Ollama's compat patches")
             base = _compat(context, tree)
-        patches: tuple[Patch, ...] = plan.llama_cpp_patches if upstream == "llama.cpp" else plan.ollama_patches
+        patches: tuple[Patch, ...] = (
+            plan.llama_cpp_patches if upstream == "llama.cpp" else plan.ollama_patches
+        )
         context.detail("apply", f"{upstream}: {len(patches)} patches")
         handle = Tree(
             path=tree,

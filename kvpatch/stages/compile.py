@@ -132,10 +132,23 @@ def _llama_cpp(context: Context) -> None:
     cmake = plan.tool("cmake").path
     _cmake(
         context,
-        [cmake, "-S", context.llama_cpp_tree, "-B", context.build_dir, "-G", "Ninja",
-         f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}", *LLAMA_CPP_FLAGS, *_build_info(context)],
+        [
+            cmake,
+            "-S",
+            context.llama_cpp_tree,
+            "-B",
+            context.build_dir,
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
+            *LLAMA_CPP_FLAGS,
+            *_build_info(context),
+        ],
     )
-    _cmake(context, [cmake, "--build", context.build_dir, "--target", "llama-server", "--parallel", str(plan.jobs)])
+    _cmake(
+        context,
+        [cmake, "--build", context.build_dir, "--target", "llama-server", "--parallel", str(plan.jobs)],
+    )
     target = context.staging_dir / "bin"
     target.mkdir(parents=True)
     for path in sorted((context.build_dir / "bin").iterdir()):
@@ -151,21 +164,37 @@ def _ollama(context: Context) -> None:
     shutil.rmtree(payload, ignore_errors=True)
     _cmake(
         context,
-        [cmake, "-S", context.ollama_tree, "-B", context.build_dir, "-G", "Ninja",
-         f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
-         *OLLAMA_FLAGS,
-         *_build_info(context),
-         f"-DOLLAMA_VERSION={plan.release.semver}",
-         f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={context.llama_cpp_tree}",
-         f"-DOLLAMA_PAYLOAD_INSTALL_PREFIX={payload}",
-         f"-DOLLAMA_GO_OUTPUT={context.build_dir / 'go' / 'ollama'}",
-         f"-DGO_EXECUTABLE={plan.tool('go').path}",
-         f"-DOLLAMA_BUILD_PARALLEL={plan.jobs}"],
+        [
+            cmake,
+            "-S",
+            context.ollama_tree,
+            "-B",
+            context.build_dir,
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
+            *OLLAMA_FLAGS,
+            *_build_info(context),
+            f"-DOLLAMA_VERSION={plan.release.semver}",
+            f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={context.llama_cpp_tree}",
+            f"-DOLLAMA_PAYLOAD_INSTALL_PREFIX={payload}",
+            f"-DOLLAMA_GO_OUTPUT={context.build_dir / 'go' / 'ollama'}",
+            f"-DGO_EXECUTABLE={plan.tool('go').path}",
+            f"-DOLLAMA_BUILD_PARALLEL={plan.jobs}",
+        ],
     )
     _cmake(context, [cmake, "--build", context.build_dir, "--parallel", str(plan.jobs)])
     _cmake(
         context,
-        [cmake, "--install", context.build_dir, "--prefix", context.staging_dir, "--component", "ollama-local"],
+        [
+            cmake,
+            "--install",
+            context.build_dir,
+            "--prefix",
+            context.staging_dir,
+            "--component",
+            "ollama-local",
+        ],
     )
 
 
@@ -192,4 +221,6 @@ def fresh(context: Context, value: Value) -> bool:
 
 def library_key(context: Context) -> str:
     """Content of vmm/, which the C library is built from."""
-    return hashing.of_paths([context.plan.data / "vmm" / "src", context.plan.data / "vmm" / "include"], context.plan.data)
+    return hashing.of_paths(
+        [context.plan.data / "vmm" / "src", context.plan.data / "vmm" / "include"], context.plan.data
+    )

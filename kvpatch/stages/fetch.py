@@ -19,7 +19,7 @@ def run(context: Context) -> Value:
     """Bring every source into its tree. Raises SourceError; a tree that somebody edited is refused, not overwritten."""
     store = Store(context.plan.cache / "sources")
     value: Value = {}
-    for upstream, path in context.trees().items():
+    for path in context.trees().values():
         worktree.refuse_edits(path)
     for upstream, path in context.trees().items():
         source = context.plan.llama_cpp if upstream == "llama.cpp" else context.plan.ollama
@@ -39,7 +39,11 @@ def run(context: Context) -> Value:
 
 
 def _refuse_missing(upstream: str, source: Resolved, missing: tuple[str, ...]) -> None:
-    needed = [p for p in missing if p in _WANTED[upstream] or not ("testdata/" in p and p.endswith(_UNUSED_SUFFIXES))]
+    needed = [
+        p
+        for p in missing
+        if p in _WANTED[upstream] or not ("testdata/" in p and p.endswith(_UNUSED_SUFFIXES))
+    ]
     if needed:
         raise SourceError(
             f"{source.location} lacks {len(needed)} files of {upstream} {source.ref} that a build may need: "
@@ -60,6 +64,7 @@ def _check_profile(context: Context) -> None:
             )
         return
     raise SourceError(
-        f"{context.plan.name} is not of the llama-server profile (no llm/llama_server.go), the one this kvpatch has a series for",
+        f"{context.plan.name} is not of the llama-server profile (no llm/llama_server.go), "
+        "the one this kvpatch has a series for",
         hint="releases from v0.30.0 on have it: `kvpatch versions`",
     )

@@ -19,7 +19,10 @@ def template_context(context: Context) -> dict[str, Any]:
     return {
         "version": __version__,
         "series": plan.series_id,
-        "llama_cpp": {"commit": plan.llama_cpp.commit, "ref": plan.llama_cpp.ref},
+        "llama_cpp": {
+            "commit": plan.llama_cpp.commit,
+            "pin": plan.release.llama_cpp if plan.release else plan.llama_cpp.ref,
+        },
         "ollama": {
             "commit": plan.ollama.commit if plan.ollama else "",
             "version": plan.release.semver if plan.release else "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,16 @@ def describe(root: Path) -> list[dict[str, Any]]:
         if name == MANIFEST:
             continue
         if path.is_symlink():
-            rows.append({"path": name, "link": os.readlink(path)})
+            rows.append({"path": name, "link": str(path.readlink())})
         elif path.is_file():
-            rows.append({"path": name, "size": path.stat().st_size, "sha256": hashing.of_file(path),
-                         "mtime_ns": path.stat().st_mtime_ns})
+            rows.append(
+                {
+                    "path": name,
+                    "size": path.stat().st_size,
+                    "sha256": hashing.of_file(path),
+                    "mtime_ns": path.stat().st_mtime_ns,
+                }
+            )
     return rows
 
 
@@ -33,7 +38,7 @@ def unchanged(root: Path, artifacts: list[dict[str, Any]]) -> bool:
     for row in artifacts:
         path = root / row["path"]
         if "link" in row:
-            if not path.is_symlink() or os.readlink(path) != row["link"]:
+            if not path.is_symlink() or str(path.readlink()) != row["link"]:
                 return False
             continue
         try:

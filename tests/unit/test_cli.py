@@ -149,7 +149,16 @@ def passing_smoke(monkeypatch: pytest.MonkeyPatch) -> None:
 def build(cache: Path, data: Path, upstream: Path, tmp_path: Path) -> Callable[..., int]:
     def run(*more: str, command: str = "build") -> int:
         return cli.run(
-            [command, "--llama-cpp", "b7", "--llama-cpp-source", str(upstream), "--out", str(tmp_path / "out"), *more]
+            [
+                command,
+                "--llama-cpp",
+                "b7",
+                "--llama-cpp-source",
+                str(upstream),
+                "--out",
+                str(tmp_path / "out"),
+                *more,
+            ]
         )
 
     return run
@@ -171,7 +180,11 @@ class TestBuild:
         names = {p.name for p in (tmp_path / "out" / "bin").iterdir()}
         assert names == {"llama-server", "libllama.so", "libkvcached.so"}
         assert cli.run(["verify", str(tmp_path / "out"), "--json"]) == 0
-        assert envelope(capsys)["data"] == {"checked": 3, "smoked": True, "label": first_label(first, tmp_path)}
+        assert envelope(capsys)["data"] == {
+            "checked": 3,
+            "smoked": True,
+            "label": first_label(first, tmp_path),
+        }
         assert build("--json") == 0
         assert {s["status"] for s in envelope(capsys)["data"]["stages"]} == {"fresh"}
 
@@ -219,7 +232,10 @@ class TestBuild:
         assert build() == 0
         assert build("--stock", "--until", "compile", "--out", str(tmp_path / "stock")) == 0
         symbols = subprocess.run(
-            ["nm", "-D", tmp_path / "stock" / "bin" / "libllama.so"], check=True, capture_output=True, text=True
+            ["nm", "-D", tmp_path / "stock" / "bin" / "libllama.so"],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
         assert " more" not in symbols
 
@@ -254,7 +270,9 @@ class TestBuild:
         (file,) = (cache / "work").glob("*/llama.cpp/src/llama.c")
         edited = file.read_text(encoding="utf-8") + "/* mine */\n"
         file.write_text(edited, encoding="utf-8")
-        (data / "templates" / "llama.cpp" / "more.c.j2").write_text("int more(void) { return 2; }\n", encoding="utf-8")
+        (data / "templates" / "llama.cpp" / "more.c.j2").write_text(
+            "int more(void) { return 2; }\n", encoding="utf-8"
+        )
         capsys.readouterr()
         assert build("--json", command="generate") == 4
         assert "edited by hand" in envelope(capsys)["errors"][0]["message"]
@@ -308,7 +326,11 @@ class TestExitCodes:
         assert text.out == ""
 
     def test_toolchain(
-        self, build: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        build: Callable[..., int],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         folder = tmp_path / "poor"
         folder.mkdir()
@@ -317,7 +339,9 @@ class TestExitCodes:
         assert build() == 3
         assert "apt-get install" in capsys.readouterr().err
 
-    def test_source(self, build: Callable[..., int], upstream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_source(
+        self, build: Callable[..., int], upstream: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         git(upstream, "tag", "-d", "b7")
         git(upstream, "tag", "b8")
         assert build() == 4
@@ -351,7 +375,9 @@ class TestExitCodes:
         template.write_text(good, encoding="utf-8")
         assert build("--until", "compile") == 0
 
-    def test_smoke(self, build: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_smoke(
+        self, build: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         # The upstream here is no server at all, which the real smoke tests must notice.
         assert build() == 8
         assert "smoke" in capsys.readouterr().err
@@ -387,7 +413,8 @@ class TestExitCodes:
         script = (
             "import sys; from pathlib import Path; from kvpatch import cli, paths;"
             f"paths.data_dir = lambda: Path({str(data)!r});"
-            f"sys.exit(cli.run(['compile', '--no-compiler-cache', '--llama-cpp', 'b7', '--llama-cpp-source', {str(upstream)!r},"
+            "sys.exit(cli.run(['compile', '--no-compiler-cache', '--llama-cpp', 'b7',"
+            f" '--llama-cpp-source', {str(upstream)!r},"
             f" '--out', {str(tmp_path / 'out')!r}]))"
         )
         env = {**os.environ, "PATH": f"{slow}:{os.environ['PATH']}"}
@@ -406,7 +433,9 @@ class TestExitCodes:
         assert child.returncode == 130
         assert "goes on from there" in err
         compiler = int(marker.read_text(encoding="utf-8"))
-        assert not Path(f"/proc/{compiler}").exists() or "Z" in Path(f"/proc/{compiler}/stat").read_text(encoding="utf-8")
+        assert not Path(f"/proc/{compiler}").exists() or "Z" in Path(f"/proc/{compiler}/stat").read_text(
+            encoding="utf-8"
+        )
         assert build("--until", "compile") == 0
 
 

@@ -33,7 +33,8 @@ def manifest(data: Path, text: str) -> None:
 def test_templates_see_the_header_and_the_context(data: Path) -> None:
     manifest(data, '[[file]]\ntemplate = "a.j2"\ndest = "src/a.c"\n')
     (data / "templates" / "up" / "a.j2").write_text(
-        "{{ abi }} {{ version }}{% for e in errors %} {{ e.name }}={{ e.value }}{% endfor %}.\n", encoding="utf-8"
+        "{{ abi }} {{ version }}{% for e in errors %} {{ e.name }}={{ e.value }}{% endfor %}.\n",
+        encoding="utf-8",
     )
     (file,) = generate.render(data, "up", {"version": "v"})
     assert file.dest == "src/a.c"

@@ -22,7 +22,8 @@ def test_every_difference_is_named(tmp_path: Path, make_plan: Callable[..., Plan
     plan = make_plan()
     lock.write(plan, tmp_path / "lock")
     moved = make_plan(
-        llama_cpp=replace(plan.llama_cpp, commit="0123456789"), tools=(replace(plan.tools[0], version="13.0"),)
+        llama_cpp=replace(plan.llama_cpp, commit="0123456789"),
+        tools=(replace(plan.tools[0], version="13.0"),),
     )
     with pytest.raises(VerifyError, match="2 differences") as caught:
         lock.check(moved, tmp_path / "lock")

@@ -59,7 +59,9 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     output.check_replaceable(tmp_path / "absent")
 
 
-def test_a_failed_copy_leaves_the_old_build(built: Path, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_copy_leaves_the_old_build(
+    built: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -91,7 +93,10 @@ def test_verify_accepts_what_was_built(built: Path) -> None:
         (lambda out: (out / "bin" / "libx.so.1").write_bytes(b"librarY"), "bin/libx.so.1: changed"),
         (lambda out: (out / "bin" / "libx.so.1").unlink(), "bin/libx.so.1: missing"),
         (lambda out: (out / "bin" / "extra").write_bytes(b""), "bin/extra: not in the manifest"),
-        (lambda out: ((out / "bin" / "libx.so").unlink(), (out / "bin" / "libx.so").symlink_to("y")), "is not a link to"),
+        (
+            lambda out: ((out / "bin" / "libx.so").unlink(), (out / "bin" / "libx.so").symlink_to("y")),
+            "is not a link to",
+        ),
     ],
 )
 def test_verify_names_each_difference(built: Path, damage: Callable[[Path], object], expected: str) -> None:

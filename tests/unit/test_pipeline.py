@@ -89,7 +89,9 @@ def test_a_changed_smoke_input_runs_smoke_alone(world: World, make_plan: MakePla
     assert world.ran == ["smoke", "manifest"]
 
 
-def test_missing_products_are_made_again_from_sources_known_to_be_right(world: World, make_plan: MakePlan) -> None:
+def test_missing_products_are_made_again_from_sources_known_to_be_right(
+    world: World, make_plan: MakePlan
+) -> None:
     pipeline.run(make_plan(), Silent())
     world.ran.clear()
     world.products_there = False

@@ -69,13 +69,17 @@ def test_variables_that_would_steer_a_build_are_dropped(monkeypatch: pytest.Monk
     monkeypatch.setenv("LD_PRELOAD_X", "x.so")
     monkeypatch.setenv("OLLAMA_HOST", "example")
     monkeypatch.setenv("KEEP_ME", "1")
-    code = "import os; print(*sorted(k for k in os.environ if k in ('GIT_DIR','LD_PRELOAD_X','OLLAMA_HOST','KEEP_ME','MINE')))"
+    names = ("GIT_DIR", "LD_PRELOAD_X", "OLLAMA_HOST", "KEEP_ME", "MINE")
+    code = f"import os; print(*sorted(k for k in os.environ if k in {names!r}))"
     assert process.run([sys.executable, "-c", code], env={"MINE": "1"}).stdout.split() == ["KEEP_ME", "MINE"]
 
 
 def test_a_timeout_ends_the_whole_group(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    code = f"import subprocess, sys; p = subprocess.Popen(['sleep', '60']); open({str(pid_file)!r}, 'w').write(str(p.pid)); p.wait()"
+    code = (
+        "import subprocess; p = subprocess.Popen(['sleep', '60']);"
+        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); p.wait()"
+    )
     with pytest.raises(process.ProcessFailure, match="no end within"):
         process.run([sys.executable, "-c", code], timeout=1.0)
     grandchild = int(pid_file.read_text(encoding="utf-8"))

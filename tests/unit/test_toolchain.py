@@ -101,7 +101,12 @@ def test_a_failed_install_says_why_and_what_to_do(
 
 def test_a_tool_without_a_wheel_gives_advice(on_path: Path, tmp_path: Path) -> None:
     requirement = toolchain.Requirement(
-        name="cc", candidates=("no-such-cc",), version_args=("-v",), minimum="1", needed_for="C", advice="apt-get install gcc"
+        name="cc",
+        candidates=("no-such-cc",),
+        version_args=("-v",),
+        minimum="1",
+        needed_for="C",
+        advice="apt-get install gcc",
     )
     with pytest.raises(ToolchainError, match="none of no-such-cc is on PATH") as caught:
         toolchain.ensure(requirement, tmp_path)
