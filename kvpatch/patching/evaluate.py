@@ -24,7 +24,7 @@ class View:
     def __init__(self, repo: Repository, commit: str) -> None:
         self.repo = repo
         self.commit = commit
-        self.entries: dict[str, Entry] = repo.entries(commit)
+        self.entries: Mapping[str, Entry] = repo.entries(commit)
         self._changed: dict[str, bytes] = {}
 
     def read(self, path: str) -> bytes:
@@ -116,7 +116,7 @@ def _evaluate_file(
         text = Text(view.read(file.path))
     except PatchError:
         return _no_file(file, "is in the tree, but this clone lacks its content"), None, None
-    reports = [_judge(hunk, file.path, text) for hunk in file.hunks]
+    reports = [_followed(hunk, judge(hunk, file.path, text), text, patch, file, bases) for hunk in file.hunks]
     lost = [report for report in reports if report.verdict is Verdict.CONTEXT_CHANGED]
     placed = [
         Placement(hunk=hunk, at=report.line - 1)
@@ -141,14 +141,14 @@ def _evaluate_file(
     data: bytes | None = None
     if all(report.verdict.fits for report in reports) and placed:
         data = edit(text, placed)
-        reports = _check_result(file, reports, placed, data)
+        reports = check_result(file, reports, placed, data)
         if not all(report.verdict.fits for report in reports):
             data = None
     reports = [_advise(patch, view, text, hunk, r) for hunk, r in zip(file.hunks, reports, strict=True)]
     return reports, text, data
 
 
-def _judge(hunk: Hunk, path: str, text: Text) -> HunkReport:
+def judge(hunk: Hunk, path: str, text: Text) -> HunkReport:
     """The verdict from counting alone. CONTEXT_CHANGED here means: found nowhere, a merge may still place
     it.
     """
@@ -180,7 +180,7 @@ def _judge(hunk: Hunk, path: str, text: Text) -> HunkReport:
         return report(Verdict.AMBIGUOUS, before, detail)
     if len(before) == 1:
         wrong = stray(text, hunk, before[0])
-        if wrong is not None:
+        if wrong is not None and wrong.recorded is not None:
             detail = (
                 f"the block stands at line {before[0] + 1}, "
                 f"in `{_show(heading_of(text.lines[wrong.owner]))}`, but was recorded in "
@@ -194,6 +194,30 @@ def _judge(hunk: Hunk, path: str, text: Text) -> HunkReport:
         detail = f"the block at line {_numbers(like)} differs only in how lines end: {ends}"
         return report(Verdict.LINE_ENDINGS, like, detail)
     return report(Verdict.CONTEXT_CHANGED, [], "the block is not in the file")
+
+
+def _followed(
+    hunk: Hunk, report: HunkReport, text: Text, patch: Patch, file: FilePatch, bases: Bases
+) -> HunkReport:
+    """A unique block whose function has no line of its old name left is followed, as into a renamed function.
+
+    Unless it now stands in what was another function all along, which only the content it was made on can
+    tell.
+    """
+    if report.verdict not in (Verdict.EXACT, Verdict.MOVED) or report.line is None:
+        return report
+    wrong = stray(text, hunk, report.line - 1)
+    if wrong is None:
+        return report
+    heading = heading_of(text.lines[wrong.owner])
+    base = next(bases.contents(patch, file), None)
+    if base is None or not any(heading_of(line) == heading for line in Text(base).lines):
+        return report
+    detail = (
+        f"the block stands at line {report.line}, in `{_show(heading)}`, but was recorded in "
+        f"`{_show(hunk.heading)}`, which is gone"
+    )
+    return dataclasses.replace(report, verdict=Verdict.OTHER_FUNCTION, line=None, detail=detail)
 
 
 def _endings(text: Text, hunk: Hunk, at: int) -> str:
@@ -211,7 +235,7 @@ def _ending(line: bytes) -> str:
     return "LF" if line.endswith(b"\n") else "no newline at the end of the file"
 
 
-def _check_result(
+def check_result(
     file: FilePatch, reports: list[HunkReport], placed: list[Placement], data: bytes | None
 ) -> list[HunkReport]:
     """The changed blocks must each stand exactly once in the result; else the place was not the only one."""

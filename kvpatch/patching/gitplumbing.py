@@ -38,6 +38,7 @@ class Repository:
             raise PatchError(f"{root} is not a directory", hint="Fetch the source first.")
         self.root = root
         self._git = Git(root)
+        self._entries: dict[str, dict[str, Entry]] = {}
 
     def run(
         self,
@@ -107,13 +108,17 @@ class Repository:
         return self.run("cat-file", "blob", oid)[1]
 
     def entries(self, commit: str) -> dict[str, Entry]:
-        """All files of a commit by path."""
+        """All files of a commit by path. `commit` is a full name: the answer is remembered."""
+        known = self._entries.get(commit)
+        if known is not None:
+            return known
         found: dict[str, Entry] = {}
         for record in self.run("ls-tree", "-r", "-z", "--full-tree", commit)[1].split(b"\0"):
             if record:
                 meta, _, path = record.partition(b"\t")
                 mode, _, oid = meta.decode().split(" ")
                 found[path.decode("utf-8", "surrogateescape")] = Entry(mode=mode, oid=oid)
+        self._entries[commit] = found
         return found
 
     def write_blob(self, data: bytes) -> str:

@@ -91,26 +91,29 @@ def heading_of(line: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stray:
-    """A block that stands once, but in another function than the one it was recorded in (0-based indices)."""
+    """A block stands once, but not in the function it was recorded in (0-based indices).
+
+    `recorded` is where that function begins now, None when no line has its name any more: renamed, or gone.
+    """
 
     owner: int
-    recorded: int
+    recorded: int | None
 
 
 def stray(text: Text, hunk: Hunk, at: int) -> Stray | None:
-    """Whether the block at index `at` has wandered to another function while its own still exists.
+    """Whether the block at index `at` lies in another function than the hunk's heading names.
 
-    A function that no longer exists under its recorded name is taken for renamed: the block is unique, so it
-    is followed. At file scope there is no function to be wrong about.
+    At file scope, and where the block itself holds the function's first line, there is no function to be
+    wrong about.
     """
     heading = hunk.heading.rstrip()
     if not opens_scope(heading) or any(opens_scope(line) for line in hunk.pre_image[: hunk.leading]):
         return None
     recorded = [i for i, line in enumerate(text.lines) if heading_of(line) == heading]
     owner = text.owner(at)
-    if not recorded or owner is None or owner in recorded:
+    if owner is None or owner in recorded:
         return None
-    return Stray(owner=owner, recorded=recorded[0])
+    return Stray(owner=owner, recorded=recorded[0] if recorded else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

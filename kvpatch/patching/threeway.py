@@ -190,6 +190,13 @@ def _confirm(text: Text, base: Text, hunk: Hunk, base_at: int) -> tuple[int | No
     if len(found) > 1:
         numbers = ", ".join(str(i + 1) for i in found)
         return None, f"the lines beside the change stand more than once in {scope}: lines {numbers}"
+    if owner is not None:
+        now = text.owner(found[0] + hunk.leading - hunk.core_offset)
+        if now is None or heading_of(text.lines[now]) != heading_of(base.lines[owner]):
+            return (
+                None,
+                f"the lines beside the change, at line {found[0] + 1}, are in another function than before",
+            )
     # The number may be negative when the outer context was cut off at the top; only the changes' places
     # count.
     return found[0] - hunk.core_offset, ""
