@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvpatch.bench import ColdBuild
 from kvpatch.demo import DemoReport
 from kvpatch.doctor import Finding, ReleaseRow
 from kvpatch.pins import Pins
@@ -92,6 +93,22 @@ def doctor(findings: Sequence[Finding]) -> list[RenderableType]:
         word, style = _DOCTOR[finding.status]
         table.add_row(Text(word, style), finding.name, finding.found, finding.needed_for, finding.cure)
     return [table]
+
+
+def cold_build(result: ColdBuild) -> list[RenderableType]:
+    """A row a round, and the ratio of the medians."""
+    table = Table("round", "upstream", "kvpatch", "its compile stage", box=None, pad_edge=False)
+    rows = zip(result.upstream, result.patched, result.compile, strict=True)
+    for number, (upstream, patched, compiled) in enumerate(rows, 1):
+        table.add_row(str(number), f"{upstream:.1f} s", f"{patched:.1f} s", f"{compiled:.1f} s")
+    lines: list[RenderableType] = [table, Text(f"kvpatch / upstream = {result.ratio:.3f} (medians)")]
+    if len(result.patched) > 1:
+        total = len(result.identical) + len(result.differing)
+        lines.append(
+            Text(f"{len(result.identical)} of {total} artifacts have the same sha256 in every round")
+        )
+        lines.extend(Text(f"differs: {name}") for name in result.differing)
+    return lines
 
 
 def versions(rows: Sequence[ReleaseRow], known: Pins) -> Table:

@@ -6,6 +6,7 @@ path prefix map that keeps the workspace's path out of the binaries (so that the
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -91,13 +92,19 @@ def environment(context: Context) -> dict[str, str]:
     """Variables for configuring and building; nested CMake projects take their first values from here too."""
     plan = context.plan
     prefix = f"-ffile-prefix-map={plan.workspace}=."
+    # Tools of ours that are not on PATH must be found by nested builds too.
+    folders = dict.fromkeys(str(tool.path.parent) for tool in plan.tools if tool.origin != "PATH")
     env = {
+        "PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]),
+        # Ollama configures llama.cpp in a nested build of its own, which would otherwise fall back to make.
+        "CMAKE_GENERATOR": "Ninja",
         "CC": str(plan.tool("cc").path),
         "CXX": str(plan.tool("c++").path),
         "CFLAGS": prefix,
         "CXXFLAGS": prefix,
         "GOFLAGS": "-buildvcs=false",
         "GOTOOLCHAIN": "local",
+        "GOCACHE": str(plan.cache / "go-build"),
         # A work tree below a user's repository must not be taken for part of it.
         "GIT_CEILING_DIRECTORIES": str(plan.workspace),
     }

@@ -1,0 +1,37 @@
+"""Real upstream trees. What was fetched and built is kept in the user's own cache, by content, between runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpatch import paths
+
+Kvpatch = Callable[..., "dict[str, Any]"]
+
+
+@pytest.fixture(scope="session")
+def shared_cache() -> Path:
+    return paths.cache_root()
+
+
+@pytest.fixture(scope="session")
+def kvpatch(shared_cache: Path) -> Kvpatch:
+    """Runs the command with --json and returns the envelope; the exit code must be `code`."""
+
+    def run(*words: str | Path, code: int = 0) -> dict[str, Any]:
+        argv = [sys.executable, "-m", "kvpatch", *map(str, words), "--json"]
+        env = {**os.environ, paths.CACHE_VARIABLE: str(shared_cache)}
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == code, f"{argv}\n{done.stdout}\n{done.stderr}"
+        envelope: dict[str, Any] = json.loads(done.stdout)
+        return envelope
+
+    return run
