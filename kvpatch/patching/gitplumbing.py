@@ -38,6 +38,8 @@ class Repository:
             raise PatchError(f"{root} is not a directory", hint="Fetch the source first.")
         self.root = root
         self._git = Git(root)
+        # A tree without a .git of its own must not make git work on a repository that happens to be around it.
+        self._environment = {**_ENVIRONMENT, "GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
         self._entries: dict[str, dict[str, Entry]] = {}
 
     def run(
@@ -50,6 +52,7 @@ class Repository:
         """Run a git command; returns its status, one of `accept`, and its standard output."""
         from git.exc import GitCommandNotFound
 
+        variables = {**self._environment, **(env or {})}
         argv = ["git"]
         for setting in _CONFIG:
             argv += ["-c", setting]
@@ -61,7 +64,7 @@ class Repository:
             argv = [
                 "env",
                 *(word for name in foreign for word in ("-u", name)),
-                *self._assignments(env),
+                *(f"{name}={value}" for name, value in variables.items()),
                 *argv,
             ]
         try:
@@ -72,7 +75,7 @@ class Repository:
                 with_exceptions=False,
                 stdout_as_string=False,
                 strip_newline_in_stdout=False,
-                env={**_ENVIRONMENT, **(env or {})},
+                env=variables,
             )
         except GitCommandNotFound as error:
             raise ToolchainError("git cannot be run", hint="Install git, then try again.") from error
@@ -84,10 +87,6 @@ class Repository:
                 f"{detail.strip()}"
             )
         return int(status), stdout if isinstance(stdout, bytes) else str(stdout).encode()
-
-    @staticmethod
-    def _assignments(env: Mapping[str, str] | None) -> list[str]:
-        return [f"{name}={value}" for name, value in {**_ENVIRONMENT, **(env or {})}.items()]
 
     def text(self, *args: str | Path, env: Mapping[str, str] | None = None) -> str:
         """Standard output of a git command, decoded and stripped."""

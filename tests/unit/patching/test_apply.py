@@ -276,6 +276,15 @@ def test_two_at_once_are_refused(three: Upstream) -> None:
         apply_series(three.tree, three.head(), three.patches())
 
 
+def test_tree_without_a_repository_of_its_own(three: Upstream) -> None:
+    """A folder inside some other repository is not mistaken for that repository."""
+    inner = three.tree / "inner"
+    inner.mkdir()
+    with pytest.raises(PatchError, match="has no commit"):
+        apply_series(inner, "HEAD", three.patches())
+    assert git(three.tree, "rev-parse", "--abbrev-ref", "HEAD") == "main"
+
+
 def test_unknown_base(three: Upstream, tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="has no commit"):
         apply_series(three.tree, "f" * 40, three.patches())
