@@ -121,9 +121,10 @@ def _apply(
         return report_all
     first = report_all.failed[0]
     names = ", ".join(report.name for report in report_all.failed)
+    verdicts = "\n".join(line for report in report_all.failed for line in report.to_lines())
     raise PatchFailure(
         f"{len(report_all.failed)} of {len(patches)} patches do not fit {base[:12]}: {names}; "
-        f"{tree.root} is left at the last good commit, {good[:12]}",
+        f"{tree.root} is left at the last good commit, {good[:12]}\n{verdicts}",
         report_all,
         hint=next((hunk.next for hunk in first.hunks if hunk.next), "") or first.next or None,
     )

@@ -135,6 +135,7 @@ def test_every_failure_is_reported(three: Upstream) -> None:
     assert report.commit == base == three.head()
     assert caught.value.message.startswith("2 of 3 patches do not fit")
     assert "0001-alpha.patch, 0003-gamma.patch" in caught.value.message
+    assert caught.value.message.count("context-changed") == 2
     assert caught.value.hint is not None
     assert caught.value.hint.startswith("sed -n")
     assert snapshot(three.tree)[FILE][0] == three.read(FILE)
