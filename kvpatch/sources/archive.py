@@ -125,9 +125,9 @@ def _expanded(stream: IO[bytes], name: str, stack: contextlib.ExitStack) -> IO[b
     if lowered.endswith((".gz", ".tgz")):
         inner = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=stream, mode="rb")))
     elif lowered.endswith((".xz", ".txz")):
-        inner = cast("IO[bytes]", stack.enter_context(lzma.open(stream, "rb")))
+        inner = cast("IO[bytes]", stack.enter_context(lzma.open(stream, "rb")))  # noqa: SIM115
     elif lowered.endswith((".bz2", ".tbz2")):
-        inner = cast("IO[bytes]", stack.enter_context(bz2.open(stream, "rb")))
+        inner = cast("IO[bytes]", stack.enter_context(bz2.open(stream, "rb")))  # noqa: SIM115
     # Headers and padding count as well, hence some room above the limit on contents.
     return cast(
         "IO[bytes]", io.BufferedReader(_Bounded(inner, name, MAX_TOTAL + MAX_MEMBERS * 2048), 1 << 20)

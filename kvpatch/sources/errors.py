@@ -1,6 +1,6 @@
 """What can be wrong with a source, one class a cause.
 
-All end the process with status 4 except where noted.
+All end the process with status 4.
 """
 
 from __future__ import annotations

@@ -82,20 +82,23 @@ class Imports:
                 return found
             self._layout.sweep(git_dir)
             progress(f"importing {path.name}")
-            with guard("read the archive", path), path.open("rb") as stream:
-                _same_file(stream, path, sha256)
-                with members(stream, path.name) as entries:
-                    message = _message(self._upstream.name, ref, key)
-                    # Fast rather than small: looking for deltas triples the time and saves nothing here.
-                    Git(git_dir, config={"core.compression": "1"}).feed(
-                        "fast-import",
-                        "--quiet",
-                        "--depth=0",
-                        "--date-format=raw",
-                        write=lambda sink: _stream(
-                            sink, entries, select, _ref(key), message, _seconds(date), path.name
-                        ),
-                    )
+            head = _head(_ref(key), _message(self._upstream.name, ref, key), _seconds(date))
+            # Fast rather than small: looking for deltas triples the time and saves nothing here.
+            runner = Git(git_dir, config={"core.compression": "1"})
+            try:
+                with guard("read the archive", path), path.open("rb") as stream:
+                    _same_file(stream, path, sha256)
+                    with members(stream, path.name) as entries:
+                        runner.feed(
+                            "fast-import",
+                            "--quiet",
+                            "--depth=0",
+                            "--date-format=raw",
+                            write=lambda sink: _stream(sink, entries, select, head, path.name),
+                        )
+            except BaseException:
+                self._layout.sweep(git_dir)
+                raise
         found = self.known(key)
         assert found is not None
         return found
@@ -134,7 +137,7 @@ class Imports:
             key = f"tree:{tree}"
             commit = self.known(key)
             if commit is None:
-                stamp = f"{_seconds(date)} +0000"
+                stamp = f"@{_seconds(date)} +0000"
                 author, email = _AUTHOR.rstrip(">").split(" <")
                 commit = Git(git_dir).text(
                     "commit-tree",
@@ -166,16 +169,11 @@ def below(folder: str) -> Select:
 
 
 def _stream(
-    sink: IO[bytes],
-    entries: Iterator[Member],
-    select: Select | None,
-    ref: str,
-    message: str,
-    seconds: int,
-    name: str,
+    sink: IO[bytes], entries: Iterator[Member], select: Select | None, head: bytes, name: str
 ) -> None:
     marks: dict[str, tuple[str, int]] = {}  # path in the archive -> mode, mark
-    chosen: dict[str, tuple[str, int]] = {}
+    chosen: dict[str, tuple[str, int]] = {}  # path before a single top folder is removed
+    links: dict[str, str] = {}  # the same path -> target
     count = 0
     for member in entries:
         place = member.path if select is None else select(member.path)
@@ -191,42 +189,49 @@ def _stream(
                 )
             chosen[place] = marks[member.path] = marks[member.target]
             continue
-        if member.kind == "symlink":
-            check_link(place, member.target, name)
         count += 1
-        content = member.target.encode("utf-8", "surrogateescape") if member.kind == "symlink" else None
-        size = member.size if content is None else len(content)
-        sink.write(b"blob\nmark :%d\ndata %d\n" % (count, size))
-        if content is not None:
-            sink.write(content)
+        if member.kind == "symlink":
+            links[place] = member.target
+            target = member.target.encode("utf-8", "surrogateescape")
+            sink.write(b"blob\nmark :%d\ndata %d\n%s\n" % (count, len(target), target))
         else:
-            left = size
-            while left:
-                chunk = member.content.read(min(left, _CHUNK))
-                if not chunk:
-                    raise CorruptArchiveError(
-                        f"{name} is cut short: {member.path!r} has {size - left} of {size} bytes",
-                        hint="get the file again and compare its sha256 with the publisher's",
-                    )
-                left -= len(chunk)
-                sink.write(chunk)
-        sink.write(b"\n")
+            _blob(sink, member, count, name)
         chosen[place] = marks[member.path] = (_MODES[member.kind], count)
     if not chosen:
         raise CorruptArchiveError(
             f"{name} holds no files of the wanted source", hint="check that it is the archive you meant"
         )
     drop = _single_top(chosen) if select is None else 0
-    text = message.encode()
-    sink.write(b"commit %s\n" % ref.encode())
-    sink.write(b"author %s %d +0000\n" % (_AUTHOR.encode(), seconds))
-    sink.write(b"committer %s %d +0000\ndata %d\n%s\n" % (_AUTHOR.encode(), seconds, len(text), text))
+    for place, link in links.items():
+        check_link(place[drop:], link, name)
+    sink.write(head)
     for place, (mode, mark) in sorted(chosen.items()):
-        target = place[drop:].encode("utf-8", "surrogateescape")
-        if target.startswith(b'"'):
-            target = b'"' + target.replace(b'"', b'\\"') + b'"'
-        sink.write(b"M %s :%d %s\n" % (mode.encode(), mark, target))
+        path = place[drop:].encode("utf-8", "surrogateescape")
+        if path.startswith(b'"'):
+            path = b'"' + path.replace(b'"', b'\\"') + b'"'
+        sink.write(b"M %s :%d %s\n" % (mode.encode(), mark, path))
     sink.write(b"\n")
+
+
+def _blob(sink: IO[bytes], member: Member, mark: int, name: str) -> None:
+    sink.write(b"blob\nmark :%d\ndata %d\n" % (mark, member.size))
+    left = member.size
+    while left:
+        chunk = member.content.read(min(left, _CHUNK))
+        if not chunk:
+            raise CorruptArchiveError(
+                f"{name} is cut short: {member.path!r} has {member.size - left} of {member.size} bytes",
+                hint="get the file again and compare its sha256 with the publisher's",
+            )
+        left -= len(chunk)
+        sink.write(chunk)
+    sink.write(b"\n")
+
+
+def _head(ref: str, message: str, seconds: int) -> bytes:
+    text, author = message.encode(), f"{_AUTHOR} {seconds} +0000"
+    lines = f"commit {ref}\nauthor {author}\ncommitter {author}\ndata {len(text)}\n"
+    return lines.encode() + text + b"\n"
 
 
 def _single_top(paths: dict[str, tuple[str, int]]) -> int:

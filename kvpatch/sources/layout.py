@@ -39,6 +39,7 @@ _TAG = (
 )
 _LEFTOVERS = ("*.lock", "refs/**/*.lock", "fast_import_crash_*", "objects/**/tmp_*", "objects/pack/.tmp-*")
 _CHUNK = 1 << 20
+_STALE_SECONDS = 86400.0
 # A file changed within the clock's granularity of the moment it was hashed could keep its times.
 _SETTLED_NS = 2_000_000_000
 
@@ -82,6 +83,7 @@ class Layout:
         with guard("write in the cache folder", self.root):
             parent = self.root / "incoming"
             parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
             path = Path(tempfile.mkdtemp(dir=parent))
         try:
             yield path
@@ -118,14 +120,6 @@ class Layout:
                 for path in git_dir.glob(pattern):
                     path.unlink(missing_ok=True)
 
-    def sweep_incoming(self, older_than_s: float = 86400.0) -> None:
-        """Remove unfinished folders of runs that were killed more than a day ago."""
-        horizon = time.time() - older_than_s
-        with contextlib.suppress(OSError):
-            for path in (self.root / "incoming").iterdir():
-                if path.stat().st_mtime < horizon:
-                    shutil.rmtree(path, ignore_errors=True)
-
     def sha256(self, path: Path) -> str:
         """sha256 of a file in hex; remembered while its size, times and inode stay the same."""
         stamp = self.root / "stamps" / f"{short_id(str(path.absolute()))}.json"
@@ -152,6 +146,15 @@ class Layout:
             path.parent.mkdir(exist_ok=True)
             (folder / "json").write_text(json.dumps(value), encoding="utf-8")
             (folder / "json").replace(path)
+
+
+def _sweep(incoming: Path) -> None:
+    # Only killed runs leave anything here; a day is longer than any of them takes.
+    horizon = time.time() - _STALE_SECONDS
+    for path in incoming.iterdir():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < horizon:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def short_id(text: str) -> str:

@@ -97,7 +97,8 @@ def nearest(wanted: str, names: Sequence[str], count: int = _SHOWN) -> tuple[str
     key = version_key(wanted)
     place = sum(1 for n in pool if version_key(n) < key) if key[0] else len(pool)
     around = sorted(range(len(pool)), key=lambda i: (abs(i - place + 0.5), i))[:count]
-    found = [*same, *alike, *(pool[i] for i in around)]
+    close = [pool[i] for i in around]
+    found = [*same, *close[:2], *alike, *close[2:]]
     return tuple(dict.fromkeys(found))[:count]
 
 

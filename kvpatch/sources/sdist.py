@@ -30,8 +30,9 @@ PROJECT = "llama-cpp-python"
 FOLDER = "vendor/llama.cpp"
 _FILE = re.compile(r"llama[_-]cpp[_-]python-(?P<version>[0-9][^/]*?)\.(?:tar\.gz|zip)")
 _NETWORK = re.compile(
-    r"NewConnectionError|ConnectionError|Connection refused|Max retries exceeded|ReadTimeout|ConnectTimeout"
-    r"|name resolution|NameResolutionError|Network is unreachable|ProxyError|SSLError|Connection broken",
+    r"Could not fetch URL \S+: (?!404)|NewConnectionError|ConnectionError|Connection refused|Max retries exceeded"
+    r"|ReadTimeout|ConnectTimeout|name resolution|NameResolutionError|Network is unreachable|ProxyError|SSLError"
+    r"|Connection broken"
 )
 
 
@@ -115,6 +116,7 @@ def _pip(incoming: Path, upstream: Upstream, version: str, pin: Pin, progress: P
         sys.executable,
         "-m",
         "pip",
+        "-vv",  # without it pip does not say why it has found nothing
         "--disable-pip-version-check",
         "--no-input",
         "download",
@@ -128,10 +130,18 @@ def _pip(incoming: Path, upstream: Upstream, version: str, pin: Pin, progress: P
         "--requirement",
         str(incoming / "requirements.txt"),
     ]
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if line.strip().startswith(("Downloading ", "Using cached ", "WARNING: Retrying")):
+            progress(line.strip())
+
     try:
-        run(argv, env={"TMPDIR": str(incoming / "tmp")}, on_line=lambda line: progress(line.strip()))
+        run(argv, env={"TMPDIR": str(incoming / "tmp")}, on_line=on_line)
     except ProcessFailure as failure:
-        raise _explained(failure, incoming, upstream, version, pin) from failure
+        text = "\n".join(lines) or failure.tail
+        raise _explained(text, incoming, upstream, version, pin) from failure
     found = sorted(path for path in (incoming / "got").iterdir() if _FILE.fullmatch(path.name))
     if len(found) != 1 or not found[0].name.endswith(".tar.gz"):
         raise CorruptArchiveError(
@@ -141,8 +151,7 @@ def _pip(incoming: Path, upstream: Upstream, version: str, pin: Pin, progress: P
     return found[0]
 
 
-def _explained(failure: ProcessFailure, where: Path, upstream: Upstream, version: str, pin: Pin) -> Exception:
-    text = failure.tail
+def _explained(text: str, where: Path, upstream: Upstream, version: str, pin: Pin) -> Exception:
     offline = f"{upstream.option} sdist:FILE takes a downloaded file, {upstream.option} PATH a source folder"
     if "No module named pip" in text:
         return SpecError(

@@ -19,6 +19,8 @@ from kvpatch.sources.names import check_commit, is_full_commit, ordered
 from kvpatch.sources.remote import Remote, is_url
 from kvpatch.sources.worktree import Record, Worktree
 
+# Location -> URL with its credentials, for the life of the process: they are written nowhere.
+_urls: dict[str, str] = {}
 _KNOWN = {upstream.name: upstream for upstream in (OLLAMA, LLAMA_CPP)}
 
 
@@ -37,7 +39,6 @@ class Store:
     def __init__(self, root: Path) -> None:
         self._layout = Layout(root.expanduser().absolute())
         self._upstreams = dict(_KNOWN)
-        self._urls: dict[str, str] = {}  # location -> URL with its credentials, which are written nowhere
 
     @property
     def root(self) -> Path:
@@ -170,7 +171,7 @@ class Store:
             return Mirror(self._layout, upstream, Path(record.location)).commit(Pin(ref=commit))
         if record.kind != "git":
             return record.base_commit if record.base_commit.startswith(commit.lower()) else None
-        remote = Remote(self._layout, upstream, self._urls.get(record.location, record.location))
+        remote = Remote(self._layout, upstream, _urls.get(record.location, record.location))
         name = commit if is_full_commit(commit) else remote.view().commit(commit)
         found = remote.cached(Pin(ref=commit, commit=name)) or remote.fetch(
             commit, commit=name, progress=progress
@@ -201,7 +202,7 @@ class Store:
                 hint=f"download it and give its path: {upstream.option} FILE",
             )
         remote = Remote(self._layout, upstream, spec)
-        self._urls[remote.location] = spec
+        _urls[remote.location] = spec
         commit = remote.cached(pin) if pin.commit is not None else None
         if commit is None:
             progress(f"fetching {upstream.name} {pin.ref} from {remote.location}")
@@ -285,7 +286,7 @@ class Store:
     def _base(self, resolved: Resolved, progress: Progress) -> _Base:
         upstream = self._upstreams[resolved.upstream]
         if resolved.kind == "git":
-            remote = Remote(self._layout, upstream, self._urls.get(resolved.location, resolved.location))
+            remote = Remote(self._layout, upstream, _urls.get(resolved.location, resolved.location))
             if remote.view().commit(resolved.commit) is None:  # the cache was emptied in between
                 remote.fetch(resolved.commit, progress=progress)
             remote.complete(resolved.commit, progress)

@@ -28,11 +28,24 @@ def git(repository: Path, *args: str, text: str | None = None) -> str:
         "PATH": os.environ["PATH"],
         "HOME": "/nonexistent",
         "GIT_CONFIG_NOSYSTEM": "1",
-        **{f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in
-           (("NAME", "Up Stream"), ("EMAIL", "up@stream.invalid"), ("DATE", "2026-08-18T23:30:00+00:00"))},
+        **{
+            f"GIT_{who}_{what}": value
+            for who in ("AUTHOR", "COMMITTER")
+            for what, value in (
+                ("NAME", "Up Stream"),
+                ("EMAIL", "up@stream.invalid"),
+                ("DATE", "2026-08-18T23:30:00+00:00"),
+            )
+        },
     }
-    done = subprocess.run(["git", "-C", str(repository), *args], env=env, input=text, text=True,
-                          capture_output=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(repository), *args],
+        env=env,
+        input=text,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -82,21 +95,29 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> FakeUpstream:
     (work / "run.sh").write_text("#!/bin/sh\n")
     (work / "run.sh").chmod(0o755)
     (work / "link").symlink_to("docs/read me.txt")
-    made.release("v0.1.0", {
-        "main.go": "package main\n",
-        "docs/read me.txt": "hello\n",
-        "crlf.txt": b"one\r\ntwo\r\n",
-        "mixed.txt": b"one\r\ntwo\nthree",
-        ".gitattributes": "* text=auto eol=crlf\n*.bin filter=lfs diff=lfs\n*.id ident\n*.u16 working-tree-encoding=UTF-16\n",
-        ".gitignore": "ignored/\n*.o\n",
-        "ignored/kept.o": b"\0tracked although ignored",
-        "weights.bin": b"\1\2\3",
-        "version.id": "$Id$\n",
-        "wide.u16": "plain\n",
-        "big.dat": os.urandom(300_000),
-    })
+    made.release(
+        "v0.1.0",
+        {
+            "main.go": "package main\n",
+            "docs/read me.txt": "hello\n",
+            "crlf.txt": b"one\r\ntwo\r\n",
+            "mixed.txt": b"one\r\ntwo\nthree",
+            ".gitattributes": "* text=auto eol=crlf\n*.bin filter=lfs diff=lfs\n*.id ident\n"
+            "*.u16 working-tree-encoding=UTF-16\n",
+            ".gitignore": "ignored/\n*.o\n",
+            "ignored/kept.o": b"\0tracked although ignored",
+            "weights.bin": b"\1\2\3",
+            "version.id": "$Id$\n",
+            "wide.u16": "plain\n",
+            "big.dat": os.urandom(300_000),
+        },
+    )
     made.release("v0.2.0-rc1", {"main.go": "package main // rc\n"})
-    made.release("v0.2.0", {"main.go": "package main // two\n", "docs/new.txt": "new\n", "mixed.txt": None}, annotated=True)
+    made.release(
+        "v0.2.0",
+        {"main.go": "package main // two\n", "docs/new.txt": "new\n", "mixed.txt": None},
+        annotated=True,
+    )
     return made
 
 
@@ -171,14 +192,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         path, _, query = self.path.partition("?")
         env = {
-            "PATH": os.environ["PATH"], "GIT_PROJECT_ROOT": str(server.root), "GIT_HTTP_EXPORT_ALL": "1",
-            "GIT_CONFIG_NOSYSTEM": "1", "HOME": "/nonexistent",
-            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*",
-            "REQUEST_METHOD": self.command, "PATH_INFO": path, "QUERY_STRING": query, "REMOTE_ADDR": "127.0.0.1",
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""), "CONTENT_LENGTH": str(len(plain)),
+            "PATH": os.environ["PATH"],
+            "GIT_PROJECT_ROOT": str(server.root),
+            "GIT_HTTP_EXPORT_ALL": "1",
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "HOME": "/nonexistent",
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "safe.directory",
+            "GIT_CONFIG_VALUE_0": "*",
+            "REQUEST_METHOD": self.command,
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "REMOTE_ADDR": "127.0.0.1",
+            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+            "CONTENT_LENGTH": str(len(plain)),
             "HTTP_GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
         }
-        out = subprocess.run(["git", "http-backend"], env=env, input=plain, capture_output=True, check=False).stdout
+        out = subprocess.run(
+            ["git", "http-backend"], env=env, input=plain, capture_output=True, check=False
+        ).stdout
         head, _, content = out.partition(b"\r\n\r\n")
         headers = [line.split(": ", 1) for line in head.decode().split("\r\n") if line]
         status = next((int(v.split()[0]) for k, v in headers if k == "Status"), 200)
@@ -221,7 +253,9 @@ def fingerprint(root: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         status = path.lstat()
-        digest.update(repr((str(path), status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+        digest.update(
+            repr((str(path), status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode()
+        )
         if path.is_file() and not path.is_symlink():
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -229,8 +263,11 @@ def fingerprint(root: Path) -> str:
 
 def times(root: Path) -> dict[str, int]:
     """Modification time of each file of a work tree."""
-    return {str(p.relative_to(root)): p.lstat().st_mtime_ns for p in root.rglob("*")
-            if ".git" not in p.relative_to(root).parts and not (p.is_dir() and not p.is_symlink())}
+    return {
+        str(p.relative_to(root)): p.lstat().st_mtime_ns
+        for p in root.rglob("*")
+        if ".git" not in p.relative_to(root).parts and not (p.is_dir() and not p.is_symlink())
+    }
 
 
 def check_exact(tree: Tree, bare: Path, ref: str) -> None:
@@ -245,7 +282,7 @@ def check_exact(tree: Tree, bare: Path, ref: str) -> None:
         if path in tree.missing:
             continue
         place = tree.path / path
-        content = os.readlink(place).encode() if mode == "120000" else place.read_bytes()
+        content = str(place.readlink()).encode() if mode == "120000" else place.read_bytes()
         assert hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == oid, path
         if mode != "120000":
             assert bool(place.stat().st_mode & 0o100) == (mode == "100755"), path

@@ -29,7 +29,9 @@ def objects(repository: Path) -> set[str]:
     return {line.split()[0] for line in lines}
 
 
-def test_shallow_filtered_then_blobs_on_demand(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_shallow_filtered_then_blobs_on_demand(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     resolved = store.resolve(FAKE, server.url(), upstream.pin("v0.1.0"))
     commit = upstream.commits["v0.1.0"]
     assert (resolved.kind, resolved.commit, resolved.key) == ("git", commit, commit)
@@ -44,7 +46,9 @@ def test_shallow_filtered_then_blobs_on_demand(upstream: FakeUpstream, server: S
     assert (tree.base_commit, tree.upstream_commit, tree.missing) == (resolved.commit, resolved.commit, ())
 
 
-def test_second_release_brings_only_what_is_new(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_second_release_brings_only_what_is_new(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     fetch(store, server.url(), upstream.pin("v0.1.0"), tmp_path / "tree")
     before = objects(cached_repository(store))
     _, tree = fetch(store, server.url(), upstream.pin("v0.2.0"), tmp_path / "tree")
@@ -56,7 +60,9 @@ def test_second_release_brings_only_what_is_new(upstream: FakeUpstream, server: 
     assert len(new) == 6
 
 
-def test_pinned_and_cached_needs_no_network(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_pinned_and_cached_needs_no_network(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     fetch(store, server.url(), upstream.pin("v0.1.0"), tmp_path / "one")
     count = len(server.requests)
     server.status = 500
@@ -100,10 +106,14 @@ def test_tags(upstream: FakeUpstream, server: Server, store: Store) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 400, 5_000, 200_000])
-def test_dropped_connection(cut: int, upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_dropped_connection(
+    cut: int, upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     if cut < 1000:  # the fetch of commit and trees
         server.cut_after = cut
-        with pytest.raises(NetworkError, match=r"cannot fetch v0\.1\.0 of ollama from http://127\.0\.0\.1") as caught:
+        with pytest.raises(
+            NetworkError, match=r"cannot fetch v0\.1\.0 of ollama from http://127\.0\.0\.1"
+        ) as caught:
             store.resolve(FAKE, server.url(), upstream.pin("v0.1.0"))
         assert "--ollama-source" in (caught.value.hint or "")
     resolved = store.resolve(FAKE, server.url(), upstream.pin("v0.1.0"))
@@ -116,7 +126,7 @@ def test_dropped_connection(cut: int, upstream: FakeUpstream, server: Server, st
 
 
 def test_connection_refused(store: Store) -> None:
-    with pytest.raises(NetworkError, match="http://127.0.0.1:9/x.git") as caught:
+    with pytest.raises(NetworkError, match=r"http://127\.0\.0\.1:9/x\.git") as caught:
         store.resolve(FAKE, "http://127.0.0.1:9/x.git", Pin(ref="v0.1.0"))
     assert caught.value.exit_code == 4
     assert "--ollama-source PATH" in (caught.value.hint or "")
@@ -133,7 +143,9 @@ def test_http_errors(status: int, kind: type[SourceError], server: Server, store
 
 
 def test_unknown_tag_says_what_exists(upstream: FakeUpstream, server: Server, store: Store) -> None:
-    with pytest.raises(UnknownRefError, match=r"no ollama v9\.9\.9: it has 3 tags; nearest: v0\.2\.0, v0\.1\.0") as caught:
+    with pytest.raises(
+        UnknownRefError, match=r"no ollama v9\.9\.9: it has 3 tags; nearest: v0\.2\.0, v0\.1\.0"
+    ) as caught:
         store.resolve(FAKE, server.url(), Pin(ref="v9.9.9"))
     assert caught.value.data["count"] == 3
     assert "v0.2.0" in (caught.value.hint or "")
@@ -169,7 +181,10 @@ def test_base_commit_of_a_patch(upstream: FakeUpstream, server: Server, store: S
     git(upstream.bare, "tag", "-d", "v0.2.0-rc1")  # no ref names it any more; main's history still has it
     _, tree = fetch(store, server.url(), upstream.pin("v0.2.0"), tmp_path / "tree")
     blob = git(upstream.work, "rev-parse", f"{between}:main.go")
-    assert subprocess.run(["git", "-C", str(tree.path), "cat-file", "-e", blob], capture_output=True).returncode != 0
+    assert (
+        subprocess.run(["git", "-C", str(tree.path), "cat-file", "-e", blob], capture_output=True).returncode
+        != 0
+    )
     assert store.fetch_commit(tree, between)
     assert git(tree.path, "cat-file", "blob", blob) == "package main // rc"
     assert git(tree.path, "log", "--format=%H", between) == between
@@ -193,7 +208,9 @@ def test_server_without_filter(upstream: FakeUpstream, server: Server, store: St
     check_exact(tree, upstream.bare, "v0.1.0")
 
 
-def test_server_that_lacks_contents(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_server_that_lacks_contents(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     resolved = store.resolve(FAKE, server.url(), upstream.pin("v0.1.0"))
     for pack in (upstream.bare / "objects/pack").glob("*"):
         pack.unlink()
@@ -213,19 +230,30 @@ def test_two_builds_at_once(upstream: FakeUpstream, server: Server, store: Store
     )
     jobs = []
     for number, order in enumerate((("v0.1.0", "v0.2.0"), ("v0.2.0", "v0.1.0"), ("v0.1.0", "v0.2.0"))):
-        args = [word for tag in order for word in (tag, upstream.commits[tag], str(tmp_path / f"{number}-{tag}"))]
-        jobs.append(subprocess.Popen([sys.executable, "-c", script, str(store.root), server.url(), *args],
-                                     stderr=subprocess.PIPE, text=True))
+        args = [
+            word for tag in order for word in (tag, upstream.commits[tag], str(tmp_path / f"{number}-{tag}"))
+        ]
+        jobs.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(store.root), server.url(), *args],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
     for job in jobs:
         _, stderr = job.communicate(timeout=60)
         assert job.returncode == 0, stderr
     for number in range(3):
         for tag in ("v0.1.0", "v0.2.0"):
-            again = store.materialize(store.resolve(FAKE, server.url(), upstream.pin(tag)), tmp_path / f"{number}-{tag}")
+            again = store.materialize(
+                store.resolve(FAKE, server.url(), upstream.pin(tag)), tmp_path / f"{number}-{tag}"
+            )
             check_exact(again, upstream.bare, tag)
 
 
-def test_two_threads_one_destination(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_two_threads_one_destination(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     failures: list[BaseException] = []
 
     def build() -> None:
@@ -243,7 +271,9 @@ def test_two_threads_one_destination(upstream: FakeUpstream, server: Server, sto
 
 
 @pytest.mark.parametrize("step", ["resolve", "materialize"])
-def test_killed_half_way(step: str, upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_killed_half_way(
+    step: str, upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     if step == "materialize":
         store.resolve(FAKE, server.url(), upstream.pin("v0.1.0"))
     server.stall_after = 300 if step == "resolve" else 50_000
@@ -252,12 +282,26 @@ def test_killed_half_way(step: str, upstream: FakeUpstream, server: Server, stor
         "up = Upstream(name='ollama', url=sys.argv[2]); s = Store(Path(sys.argv[1]))\n"
         "s.materialize(s.resolve(up, None, Pin(ref='v0.1.0', commit=sys.argv[3])), Path(sys.argv[4]))\n"
     )
-    job = subprocess.Popen([sys.executable, "-c", script, str(store.root), server.url(), upstream.commits["v0.1.0"],
-                            str(tmp_path / "tree")], start_new_session=True)
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            script,
+            str(store.root),
+            server.url(),
+            upstream.commits["v0.1.0"],
+            str(tmp_path / "tree"),
+        ],
+        start_new_session=True,
+    )
     assert server.stalled.wait(30)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    for name in ("shallow.lock", "config.lock", "objects/pack/tmp_pack_left"):  # as if it had died a moment elsewhere
+    for name in (
+        "shallow.lock",
+        "config.lock",
+        "objects/pack/tmp_pack_left",
+    ):  # as if it had died a moment elsewhere
         (cached_repository(store) / name).write_text("")
     _, tree = fetch(store, server.url(), upstream.pin("v0.1.0"), tmp_path / "tree")
     check_exact(tree, upstream.bare, "v0.1.0")
@@ -278,10 +322,16 @@ def test_nothing_of_the_caller_steers_git(
     (hooks / "post-checkout").chmod(0o755)
     (home / ".gitconfig").write_text(
         f"[core]\n autocrlf = true\n hooksPath = {hooks}\n[init]\n templateDir = {hooks.parent}\n"
-        "[url \"http://127.0.0.1:9/\"]\n insteadOf = http://\n[filter \"lfs\"]\n smudge = false\n required = true\n"
+        '[url "http://127.0.0.1:9/"]\n insteadOf = http://\n[filter "lfs"]\n smudge = false\n required = true\n'
     )
-    for name, value in (("HOME", str(home)), ("GIT_DIR", "/nonexistent"), ("GIT_WORK_TREE", "/"), ("GIT_INDEX_FILE", "/x"),
-                        ("GIT_CONFIG_PARAMETERS", "'core.autocrlf'='true'"), ("GIT_TEMPLATE_DIR", str(hooks.parent))):
+    for name, value in (
+        ("HOME", str(home)),
+        ("GIT_DIR", "/nonexistent"),
+        ("GIT_WORK_TREE", "/"),
+        ("GIT_INDEX_FILE", "/x"),
+        ("GIT_CONFIG_PARAMETERS", "'core.autocrlf'='true'"),
+        ("GIT_TEMPLATE_DIR", str(hooks.parent)),
+    ):
         monkeypatch.setenv(name, value)
     _, tree = fetch(store, server.url(), upstream.pin("v0.1.0"), tmp_path / "tree")
     check_exact(tree, upstream.bare, "v0.1.0")
@@ -289,7 +339,9 @@ def test_nothing_of_the_caller_steers_git(
     assert not (tree.path / ".git/hooks").exists()
 
 
-def test_credentials_are_written_nowhere(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_credentials_are_written_nowhere(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     url = server.url().replace("http://", "http://user:s3cret-token@")
     said: list[str] = []
     resolved = store.resolve(FAKE, url, upstream.pin("v0.1.0"), progress=said.append)

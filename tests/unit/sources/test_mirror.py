@@ -49,29 +49,37 @@ def test_bare_mirror_is_untouched(upstream: FakeUpstream, store: Store, tmp_path
     assert not store.fetch_commit(tree, "1" * 40)
     assert store.tags(FAKE, str(upstream.bare)) == ("v0.1.0", "v0.2.0-rc1", "v0.2.0")
     assert fingerprint(upstream.bare) == before
-    assert not list((store.root / "git").glob("*")) if (store.root / "git").exists() else True
+    assert not (store.root / "git").exists()
 
 
 def test_mirror_on_read_only_files(upstream: FakeUpstream, tmp_path: Path) -> None:
-    before = fingerprint(upstream.bare)
     for path in [*upstream.bare.rglob("*"), upstream.bare]:
         path.chmod(0o555 if path.is_dir() else 0o444)
+    before = fingerprint(upstream.bare)
     try:
         if os.geteuid() == 0:  # modes do not bind root, so somebody else has to try
             ours = tmp_path / "nobody"
             ours.mkdir()
             os.chown(ours, 65534, 65534)
             for folder in (tmp_path, *tmp_path.parents):
-                if folder.stat().st_uid == 0 and folder.stat().st_mode & 0o005 != 0o005 and str(folder).startswith("/tmp/"):
+                if (
+                    folder.stat().st_uid == 0
+                    and folder.stat().st_mode & 0o005 != 0o005
+                    and str(folder).startswith("/tmp/")
+                ):
                     folder.chmod(0o755)
-            answer = run_as_nobody(lambda: fetch(Store(ours / "cache"), str(upstream.bare), upstream.pin("v0.1.0"), ours / "t"))
+            answer = run_as_nobody(
+                lambda: fetch(Store(ours / "cache"), str(upstream.bare), upstream.pin("v0.1.0"), ours / "t")
+            )
             assert answer == "done"
-        _, tree = fetch(Store(tmp_path / "cache"), str(upstream.bare), upstream.pin("v0.1.0"), tmp_path / "tree")
+        _, tree = fetch(
+            Store(tmp_path / "cache"), str(upstream.bare), upstream.pin("v0.1.0"), tmp_path / "tree"
+        )
         check_exact(tree, upstream.bare, "v0.1.0")
+        assert fingerprint(upstream.bare) == before
     finally:
         for path in [upstream.bare, *upstream.bare.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o444)
-    del before
 
 
 def test_files_the_mirror_lacks_are_left_out(upstream: FakeUpstream, store: Store, tmp_path: Path) -> None:
@@ -93,7 +101,8 @@ def test_files_the_mirror_lacks_are_left_out(upstream: FakeUpstream, store: Stor
     again = store.materialize(resolved, tmp_path / "tree")
     check_exact(again, upstream.bare, "v0.1.0")
     assert {k: v for k, v in times(tree.path).items() if k != "main.go"} == {
-        k: v for k, v in stood.items() if k != "main.go"}
+        k: v for k, v in stood.items() if k != "main.go"
+    }
     # another release of the same mirror, with the same holes, then the mirror is repaired
     _, second = fetch(store, str(upstream.bare), upstream.pin("v0.2.0"), tmp_path / "tree")
     assert second.missing == tree.missing
@@ -107,7 +116,9 @@ def test_files_the_mirror_lacks_are_left_out(upstream: FakeUpstream, store: Stor
     check_exact(whole, upstream.bare, "v0.2.0")
 
 
-def test_blob_filtered_clone_is_no_mirror(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_blob_filtered_clone_is_no_mirror(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     clone = tmp_path / "clone.git"
     git(tmp_path, "clone", "-q", "--bare", "--filter=blob:none", server.url(), str(clone))
     before, requests = fingerprint(clone), len(server.requests)
@@ -120,7 +131,9 @@ def test_blob_filtered_clone_is_no_mirror(upstream: FakeUpstream, server: Server
 
 
 @pytest.mark.parametrize("what", ["v0.1.0^{commit}", "v0.1.0^{tree}", "v0.1.0:docs"])
-def test_mirror_that_lacks_what_is_needed(what: str, upstream: FakeUpstream, store: Store, tmp_path: Path) -> None:
+def test_mirror_that_lacks_what_is_needed(
+    what: str, upstream: FakeUpstream, store: Store, tmp_path: Path
+) -> None:
     kept = take(upstream.bare, what)
     with pytest.raises(MissingObjectsError):
         fetch(store, str(upstream.bare), upstream.pin("v0.1.0"), tmp_path / "tree")
@@ -152,13 +165,23 @@ def test_linked_worktree_and_shared_clone(upstream: FakeUpstream, store: Store, 
 
 
 def test_shallow_clone(upstream: FakeUpstream, store: Store, tmp_path: Path) -> None:
-    git(tmp_path, "clone", "-q", "--depth=1", "--branch=v0.2.0", f"file://{upstream.bare}", str(tmp_path / "shallow"))
+    git(
+        tmp_path,
+        "clone",
+        "-q",
+        "--depth=1",
+        "--branch=v0.2.0",
+        f"file://{upstream.bare}",
+        str(tmp_path / "shallow"),
+    )
     _, tree = fetch(store, str(tmp_path / "shallow"), upstream.pin("v0.2.0"), tmp_path / "tree")
     check_exact(tree, upstream.bare, "v0.2.0")
     assert git(tree.path, "log", "--format=%H") == tree.base_commit
 
 
-def test_same_history_whatever_the_source(upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path) -> None:
+def test_same_history_whatever_the_source(
+    upstream: FakeUpstream, server: Server, store: Store, tmp_path: Path
+) -> None:
     _, near = fetch(store, str(upstream.bare), upstream.pin("v0.2.0"), tmp_path / "near")
     _, far = fetch(store, server.url(), upstream.pin("v0.2.0"), tmp_path / "far")
     assert (near.base_commit, near.key) == (far.base_commit, far.key)
@@ -182,7 +205,9 @@ def test_commit_is_not_the_pin(upstream: FakeUpstream, store: Store) -> None:
     with pytest.raises(PinMismatchError) as caught:
         store.resolve(FAKE, str(upstream.bare), Pin(ref="v0.1.0", commit=upstream.commits["v0.2.0"][:12]))
     assert caught.value.data == {
-        "expected": upstream.commits["v0.2.0"][:12], "actual": upstream.commits["v0.1.0"], "ref": "v0.1.0",
+        "expected": upstream.commits["v0.2.0"][:12],
+        "actual": upstream.commits["v0.1.0"],
+        "ref": "v0.1.0",
         "location": str(upstream.bare),
     }
 
@@ -210,7 +235,13 @@ def test_programs_named_by_a_mirror_do_not_run(upstream: FakeUpstream, store: St
     trap = tmp_path / "trap"
     trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/sprung\n")
     trap.chmod(0o755)
-    for name in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.alternateRefsCommand", "uploadpack.packObjectsHook"):
+    for name in (
+        "core.fsmonitor",
+        "core.sshCommand",
+        "core.pager",
+        "core.alternateRefsCommand",
+        "uploadpack.packObjectsHook",
+    ):
         git(upstream.bare, "config", name, str(trap))
     (upstream.bare / "hooks").mkdir(exist_ok=True)
     for hook in ("post-checkout", "reference-transaction", "post-index-change"):

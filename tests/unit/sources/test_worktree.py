@@ -108,8 +108,10 @@ def test_commits_on_top_are_undone_or_left(upstream: FakeUpstream, store: Store,
     check_exact(store.materialize(other, tree.path, pristine=False), upstream.bare, "v0.2.0")
 
 
-@pytest.mark.parametrize("harm", ["index", "index-gone", "locks", "head", "record", "alternates", "rebase", "attributes",
-                                  "shallow"])
+@pytest.mark.parametrize(
+    "harm",
+    ["index", "index-gone", "locks", "head", "record", "alternates", "rebase", "attributes", "shallow"],
+)
 def test_damaged_repository_is_repaired(harm: str, upstream: FakeUpstream, store: Store, tree: Tree) -> None:
     inside = tree.path / ".git"
     before = times(tree.path)
@@ -173,27 +175,35 @@ def test_foreign_folder_is_refused(upstream: FakeUpstream, store: Store, tmp_pat
 
 
 def child(*lines: str) -> subprocess.Popen[str]:
-    script = "\n".join(("import sys, resource; from pathlib import Path; from kvpatch.sources import *", *lines))
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    script = "\n".join(
+        ("import sys, resource; from pathlib import Path; from kvpatch.sources import *", *lines)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def test_killed_while_writing(upstream: FakeUpstream, store: Store, tmp_path: Path) -> None:
     upstream.release("v1.0.0", {f"many/{n // 100}/{n}.txt": f"{n}\n" * 200 for n in range(3000)})
     dest = tmp_path / "tree"
-    job = child(
-        f"store = Store(Path({str(store.root)!r}))",
-        f"up = Upstream(name='ollama', url='x'); pin = Pin(ref='v1.0.0')",
-        f"store.materialize(store.resolve(up, {str(upstream.bare)!r}, pin), Path({str(dest)!r}))",
-    )
-    limit = time.monotonic() + 30
-    while not (dest / "many/0").is_dir():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    assert job.stdout is not None
-    job.stdout.close()
-    assert not (dest / "many/29/2999.txt").exists()
+    last = dest / "many/29/2999.txt"
+    for _ in range(5):  # on a busy machine it may be done before we look
+        shutil.rmtree(dest, ignore_errors=True)
+        job = child(
+            f"store = Store(Path({str(store.root)!r}))",
+            "up = Upstream(name='ollama', url='x'); pin = Pin(ref='v1.0.0')",
+            f"store.materialize(store.resolve(up, {str(upstream.bare)!r}, pin), Path({str(dest)!r}))",
+        )
+        limit = time.monotonic() + 60
+        while not (dest / "many/0").is_dir():
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+        if not last.exists():
+            break
+    else:
+        pytest.skip("was never caught half-way")
     _, tree = fetch(store, str(upstream.bare), upstream.pin("v1.0.0"), dest)
     check_exact(tree, upstream.bare, "v1.0.0")
 
@@ -248,8 +258,11 @@ def test_no_permission(upstream: FakeUpstream, store: Store, tmp_path: Path) -> 
         ours.mkdir()
         os.chown(ours, 65534, 65534)
         other = Store(ours / "cache")
-        answer = run_as_nobody(lambda: other.materialize(other.resolve(FAKE, str(upstream.bare), upstream.pin("v0.1.0")),
-                                                         closed / "tree"))
+        answer = run_as_nobody(
+            lambda: other.materialize(
+                other.resolve(FAKE, str(upstream.bare), upstream.pin("v0.1.0")), closed / "tree"
+            )
+        )
         assert answer.startswith("AccessError: "), answer
         assert str(closed / "tree") in answer
     else:
