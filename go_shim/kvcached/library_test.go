@@ -46,7 +46,7 @@ func TestRealLibraryLeases(t *testing.T) {
 		t.Fatal(err)
 	}
 	stats, err := manager.Stats()
-	if err != nil || len(stats) != 1 || stats[0].State != StateStarting || stats[0].Charge != 700_000 || stats[0].Lease != 700_000 || stats[0].Mapped != 0 {
+	if err != nil || len(stats) != 1 || stats[0].State != StateLeased || stats[0].Charge != 700_000 || stats[0].Lease != 700_000 || stats[0].Mapped != 0 {
 		t.Errorf("%+v, %v", stats, err)
 	}
 

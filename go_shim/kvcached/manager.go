@@ -178,8 +178,8 @@ func (m *Manager) refusal(name string, need Need, charges []Charge) *LimitError 
 
 // States of a model in reports.
 const (
-	StateStarting = "starting" // the lease is taken, the child has not opened its slot yet
-	StateAwake    = "awake"    // the child runs on its slot
+	StateLeased = "leased" // memory is set aside; the child has not opened its slot, and need not if it keeps no KV cache
+	StateAwake  = "awake"  // the child runs on its slot
 )
 
 // Stats is what one model occupies. Sizes are bytes.
@@ -207,7 +207,7 @@ func (m *Manager) Stats() ([]Stats, error) {
 		if cache == nil || slot.Group != m.group {
 			continue
 		}
-		state := StateStarting
+		state := StateLeased
 		if slot.Attached {
 			state = StateAwake
 		}

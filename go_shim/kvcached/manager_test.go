@@ -178,7 +178,7 @@ func TestStats(t *testing.T) {
 	ledger.slots = append(ledger.slots, Slot{Index: 5, Group: "ollama-1", Name: "foreign"})
 
 	stats, err := manager.Stats()
-	if want := (Stats{Model: "/m/a", Name: "a:latest", State: StateStarting, Lease: 120, Charge: 120, Limit: 1000}); err != nil || len(stats) != 1 || stats[0] != want {
+	if want := (Stats{Model: "/m/a", Name: "a:latest", State: StateLeased, Lease: 120, Charge: 120, Limit: 1000}); err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)
 	}
 	ledger.set(cache.Slot(), func(s *Slot) { s.Attached, s.PID, s.Claim, s.Reserved, s.Charge = true, 42, 50, 400, 150 })

@@ -2,7 +2,7 @@ package api
 
 // KVCachedStatus is the elastic memory of a loaded model in [ProcessModelResponse]. Sizes are bytes.
 type KVCachedStatus struct {
-	// State is "starting" (memory is set aside, the runner has not attached yet), "awake", or "unmanaged" (the model's
+	// State is "leased" (memory is set aside, the runner maps none of its own yet), "awake", or "unmanaged" (the model's
 	// runner does not use elastic memory; all sizes are zero).
 	State      string `json:"state"`
 	KVMapped   uint64 `json:"kv_mapped"`   // KV cache that is there

@@ -1,0 +1,251 @@
+package llm
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/ollama/ollama/api"
+	"github.com/ollama/ollama/fs/ggml"
+	"github.com/ollama/ollama/kvcached"
+	"github.com/ollama/ollama/ml"
+)
+
+// kvcachedLedger keeps slots in memory. It never gives a slot out twice, so that a stale one shows.
+type kvcachedLedger struct {
+	mu    sync.Mutex
+	next  int
+	slots []kvcached.Slot
+}
+
+func (l *kvcachedLedger) Version() string                            { return "test" }
+func (l *kvcachedLedger) OpenLedger(string) (kvcached.Ledger, error) { return l, nil }
+func (l *kvcachedLedger) Path() string                               { return "/ledger" }
+func (l *kvcachedLedger) Close()                                     {}
+
+func (l *kvcachedLedger) Slots() ([]kvcached.Slot, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.slots), nil
+}
+
+func (l *kvcachedLedger) Unlease(slot int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.slots = slices.DeleteFunc(l.slots, func(s kvcached.Slot) bool { return s.Index == slot })
+	return nil
+}
+
+func (l *kvcachedLedger) Lease(group, name string, size, fixed, limit uint64) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if size > limit {
+		return -1, &kvcached.LibraryError{Code: -3, Name: "KVCACHED_E_LIMIT"}
+	}
+	l.next++
+	l.slots = append(l.slots, kvcached.Slot{Index: l.next, Name: name, Group: group, Lease: size, Fixed: fixed, Charge: size})
+	return l.next, nil
+}
+
+func kvcachedManager(t *testing.T, limit uint64) *kvcachedLedger {
+	t.Helper()
+	ledger := &kvcachedLedger{}
+	manager, err := kvcached.Open(kvcached.Settings{Enabled: true, Limit: limit, Source: "a test"}, ledger, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kvcached.SetDefault(manager)
+	t.Cleanup(func() { kvcached.SetDefault(nil) })
+	return ledger
+}
+
+func kvcachedModel(t *testing.T) (string, *ggml.GGML) {
+	t.Helper()
+	file, err := os.Create(filepath.Join(t.TempDir(), "model.gguf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ggml.WriteGGUF(file, ggml.KV{
+		"general.architecture":          "llama",
+		"llama.context_length":          uint32(4096),
+		"llama.embedding_length":        uint32(512),
+		"llama.block_count":             uint32(2),
+		"llama.attention.head_count":    uint32(8),
+		"llama.attention.head_count_kv": uint32(4),
+	}, []*ggml.Tensor{{Name: "output.weight", Shape: []uint64{8}, WriterTo: bytes.NewReader(make([]byte, 32))}}); err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	f, err := LoadModel(file.Name(), 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file.Name(), f
+}
+
+// kvcachedServer puts a program in llama-server's place that writes its environment down and waits for its end.
+func kvcachedServer(t *testing.T) (environment string) {
+	t.Helper()
+	if _, err := exec.LookPath("sh"); err != nil {
+		t.Skip("no shell")
+	}
+	directory := t.TempDir()
+	environment = filepath.Join(directory, "environment")
+	script := fmt.Sprintf("#!/bin/sh\nenv > '%s.new' && mv '%s.new' '%s'\nexec sleep 60\n", environment, environment, environment)
+	if err := os.WriteFile(filepath.Join(directory, "llama-server"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	defer func(path string) { t.Cleanup(func() { ml.LibOllamaPath = path }) }(ml.LibOllamaPath)
+	ml.LibOllamaPath = directory
+	return environment
+}
+
+func kvcachedVariables(t *testing.T, environment string) string {
+	t.Helper()
+	for range 400 {
+		if data, err := os.ReadFile(environment); err == nil {
+			os.Remove(environment)
+			var lines []string
+			for _, line := range strings.Split(string(data), "\n") {
+				if strings.Contains(line, "KVCACHED_") {
+					lines = append(lines, line)
+				}
+			}
+			slices.Sort(lines)
+			return strings.Join(lines, " ")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("the runner was not started")
+	return ""
+}
+
+func kvcachedRunner(path string, f *ggml.GGML) (*llamaServerRunner, error) {
+	runner, err := NewLlamaServerRunner(nil, path, f, nil, nil, api.DefaultOptions(), 1, "", LlamaServerConfig{})
+	if err != nil {
+		return nil, err
+	}
+	return runner.(*llamaServerRunner), nil
+}
+
+func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
+	environment := kvcachedServer(t)
+	ledger := kvcachedManager(t, 1<<30)
+	path, f := kvcachedModel(t)
+	group := fmt.Sprintf("ollama-%d", os.Getpid())
+	variables := func(slot int) string {
+		return fmt.Sprintf("KVCACHED_GROUP=%s KVCACHED_LEDGER=/ledger KVCACHED_LIMIT=%d KVCACHED_SLOT=%d OLLAMA_KVCACHED_ENABLED=true", group, 1<<30, slot)
+	}
+
+	runner, err := kvcachedRunner(path, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer runner.Close()
+	if got := kvcachedVariables(t, environment); got != variables(1) {
+		t.Errorf("environment: %s, want %s", got, variables(1))
+	}
+	if slots, _ := ledger.Slots(); len(slots) != 1 || slots[0].Lease != KVCachedNeed(path, f, nil, nil, "", "").Total() {
+		t.Errorf("while it runs: %+v", slots)
+	}
+
+	// A runner that is started anew has a lease of its own.
+	if err := runner.stopProcess(); err != nil {
+		t.Fatal(err)
+	}
+	if slots, _ := ledger.Slots(); len(slots) != 0 {
+		t.Errorf("after its end: %+v", slots)
+	}
+	if err := runner.startProcess(); err != nil {
+		t.Fatal(err)
+	}
+	if got := kvcachedVariables(t, environment); got != variables(2) {
+		t.Errorf("environment: %s, want %s", got, variables(2))
+	}
+
+	// One that dies by itself takes its lease along.
+	if err := runner.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-runner.done
+	if slots, _ := ledger.Slots(); len(slots) != 0 {
+		t.Errorf("after a crash: %+v", slots)
+	}
+	if err := runner.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestKVCachedRefusalStartsNothing(t *testing.T) {
+	environment := kvcachedServer(t)
+	kvcachedManager(t, 1000)
+	path, f := kvcachedModel(t)
+	_, err := kvcachedRunner(path, f)
+	var refusal *kvcached.LimitError
+	if !errors.As(err, &refusal) || refusal.Limit != 1000 || refusal.Need != KVCachedNeed(path, f, nil, nil, "", "") {
+		t.Errorf("%v", err)
+	}
+	if IsOutOfMemory(err) || statusErrorLine(err.Error()) != "" {
+		t.Errorf("%q would be taken for a crash", err)
+	}
+	time.Sleep(50 * time.Millisecond)
+	if _, err := os.Stat(environment); err == nil {
+		t.Error("the runner was started all the same")
+	}
+}
+
+func TestKVCachedRunnerThatCannotStart(t *testing.T) {
+	kvcachedServer(t)
+	ledger := kvcachedManager(t, 1<<30)
+	path, f := kvcachedModel(t)
+	if err := os.Chmod(filepath.Join(ml.LibOllamaPath, "llama-server"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kvcachedRunner(path, f); err == nil {
+		t.Fatal("a runner that is no program was started")
+	}
+	if slots, _ := ledger.Slots(); len(slots) != 0 {
+		t.Errorf("left: %+v", slots)
+	}
+}
+
+func TestKVCachedOffChangesNothing(t *testing.T) {
+	path, f := kvcachedModel(t)
+	env := map[string]string{"A": "b"}
+	prepare := func() {
+		t.Helper()
+		if err := kvcachedPrepare(env, path, f, nil, nil, "", LlamaServerConfig{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Unsetenv(kvcached.EnabledVariable)
+	prepare()
+	if len(env) != 1 {
+		t.Errorf("%v", env)
+	}
+	// What Ollama reads as off (quotes are trimmed) must be off for the runner, too.
+	t.Setenv(kvcached.EnabledVariable, `"no"`)
+	prepare()
+	if env[kvcached.EnabledVariable] != "false" {
+		t.Errorf("%v", env)
+	}
+
+	runner := &llamaServerRunner{launch: llamaServerLaunchConfig{extraEnvs: map[string]string{kvcached.SlotVariable: "1"}}}
+	started := false
+	if _, _, err := runner.kvcachedStart(func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error) {
+		started = true
+		return nil, 7, nil
+	}); err != nil || !started {
+		t.Errorf("%v, started %v", err, started)
+	}
+	runner.kvcachedFree()
+}
