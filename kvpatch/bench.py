@@ -26,8 +26,8 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColdBuild:
-    """Wall seconds of each round. `upstream`: Ollama's documented CMake build of the unpatched tree. `patched`: `kvpatch
-    compile` from warm sources to the output folder, every stage counted. `compile`: its compile stage alone."""
+    """Wall seconds of each round. `upstream`: Ollama's documented CMake build of the unpatched tree. `patched`:
+    `kvpatch compile` from warm sources to the output folder, every stage counted. `compile`: its compile stage alone."""
 
     upstream: tuple[float, ...]
     patched: tuple[float, ...]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from kvpatch import pins, toolchain
 from kvpatch.errors import ToolchainError
-from kvpatch.patching import load_series
+from kvpatch.patching import check_matches, load_series
 
 # Measured: workspace, build folder and output of one Ollama CPU build, plus its sources.
 _NEEDED_BYTES = 4 * 10**9
@@ -71,8 +71,14 @@ def require(findings: Sequence[Finding]) -> None:
 
 
 def releases(known: pins.Pins, data: Path) -> tuple[ReleaseRow, ...]:
-    """Every release that pins.toml lists, oldest first."""
+    """Every release that pins.toml lists, oldest first.
+
+    Raises PatchFormatError for a malformed series, or a patch that none of what pins.toml lists would ever be given.
+    """
     series = load_series(data / "patches" / "ollama" / "llama-server")
+    check_matches(series, [release.semver for release in known.ollama])
+    dates = [build.date for build in known.llama_cpp] + [sdist.date for sdist in known.sdists]
+    check_matches(load_series(data / "patches" / "llama.cpp"), dates)
     return tuple(
         ReleaseRow(
             version=release.version,
