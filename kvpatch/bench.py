@@ -27,7 +27,8 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColdBuild:
     """Wall seconds of each round. `upstream`: Ollama's documented CMake build of the unpatched tree. `patched`:
-    `kvpatch compile` from warm sources to the output folder, every stage counted. `compile`: its compile stage alone."""
+    `kvpatch compile` from warm sources to the output folder, every stage counted. `compile`: the
+    compile stage of those alone."""
 
     upstream: tuple[float, ...]
     patched: tuple[float, ...]

@@ -211,11 +211,11 @@ def _read(server: Server, config: Config, elastic: Elastic) -> _Reading:
     if match is None:
         raise server.failed("the log does not say how large the key-value cache is")
     size = int(float(match[1]) * _MIB)
-    return _Reading(reserved=size, mapped=_held(mappings, size), resident=resident)
+    return _Reading(reserved=size, mapped=_held(server.pid, mappings, size), resident=resident)
 
 
-def _held(mappings: Sequence[smaps.Mapping], size: int) -> int:
-    """How much of a stock cache of `size` bytes is surely in memory: it is one block, so it lies within one
-    anonymous mapping, and at most the mapping's other bytes account for what is resident outside it."""
-    fit = [m for m in mappings if m.usable and not m.name and m.end - m.start >= size]
-    return max((max(0, m.rss - (m.end - m.start - size)) for m in fit), default=0)
+def _held(pid: int, mappings: Sequence[smaps.Mapping], size: int) -> int:
+    """How much of a stock cache of `size` bytes is in memory. Its address is not logged, but it is one block: a cache
+    that is there in full is a run of that many bytes, all present, within one anonymous mapping."""
+    fit = (m for m in mappings if m.usable and not m.name and m.end - m.start >= size)
+    return min(size, max((smaps.longest_present_run(pid, m) for m in fit), default=0))

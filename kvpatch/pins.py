@@ -38,11 +38,12 @@ class OllamaRelease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sdist:
-    """One llama-cpp-python source distribution and the llama.cpp commit in its vendor folder."""
+    """One llama-cpp-python source distribution: the llama.cpp commit in its vendor folder, and that folder's git tree."""
 
     version: str
     sha256: str
     commit: str
+    tree: str
     date: str
 
 

@@ -263,7 +263,9 @@ def _llama_cpp(
                 f"llama.cpp {ref} is not what the source distribution {sdist.version} holds ({sdist.commit})",
                 hint=f"--llama-cpp {sdist.commit}, or another --llama-cpp-source",
             )
-        pin = Pin(ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256, date=sdist.date)
+        pin = Pin(
+            ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256, tree=sdist.tree, date=sdist.date
+        )
         return store.resolve(LLAMA_CPP, spec, pin, progress=progress)
     return store.resolve(LLAMA_CPP, spec, Pin(ref=ref, date=known.llama_cpp_date(ref)), progress=progress)
 

@@ -54,7 +54,7 @@ GIT = Requirement(
     name="git",
     candidates=("git",),
     version_args=("--version",),
-    minimum="2.30",
+    minimum="2.31",
     needed_for="fetching and patching",
     advice="apt-get install git",
 )

@@ -17,6 +17,7 @@ from kvpatch.errors import KvpatchError
 from kvpatch.events import Events
 
 ENVELOPE_SCHEMA = 1
+_LOG_COLUMNS = 200
 # Newer typers carry their own copy of click and older ones import it; both name this base class, neither exports it.
 ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -32,7 +33,10 @@ class Screen:
     def __init__(self, *, json_mode: bool, command: str) -> None:
         self.json_mode = json_mode
         self.command = command
+        # Without a terminal there is no width to fit: a table cut at 80 columns helps nobody who reads a log.
         self._out = Console(highlight=False, soft_wrap=True)
+        if not self._out.is_terminal:
+            self._out = Console(highlight=False, soft_wrap=True, width=_LOG_COLUMNS)
         self._err = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def events(self) -> Events:
