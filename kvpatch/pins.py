@@ -38,7 +38,7 @@ class OllamaRelease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sdist:
-    """One llama-cpp-python source distribution: the llama.cpp commit in its vendor folder, and that folder's git tree."""
+    """A llama-cpp-python source distribution: the llama.cpp commit in its vendor folder, and that folder's git tree."""
 
     version: str
     sha256: str
