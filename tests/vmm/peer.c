@@ -1,12 +1,16 @@
 /*
- * A second process for the tests of the ledger: opens one context and does what its standard input says, one reply a command.
- *   peer LEDGER GROUP LIMIT SLOT       (GROUP "-": none given)
- * First line out: "open" or the error's name.
- *   ensure N, release N     the first N pages of its region; "ok" or the error's name
- *   put N                   release and trim; the same
- *   churn                   maps and unmaps without end, until killed (no reply)
- *   race PATH ROUNDS        see race(): "won 1", "won 0" or "over"
- *   fork                    makes a child without exec that only waits for the input to close; "ok"
+ * A second process for the tests of the ledger: opens one context and does what its standard input says.
+ *
+ *   peer LEDGER GROUP LIMIT SLOT     GROUP "-": none given
+ *
+ * Its first line is "open" or the error's name. Then one reply a command, "ok" or the error's name:
+ *
+ *   ensure N       the first N pages of its region
+ *   release N      the same
+ *   put N          release, then trim
+ *   churn          maps and unmaps without end, until killed; no reply
+ *   race PATH N    see race(); "won 1", "won 0" or "over"
+ *   fork           makes a child without exec that only waits for the input to close
  */
 #include "support.h"
 
@@ -40,8 +44,8 @@ static void churn(void) {
   }
 }
 
-/* Takes and gives back for `rounds`; the file holds a number that every peer raises only while it holds the bytes, so that it can never
-   pass the limit unless the library lets it. Says how often it won. */
+/* Takes and gives back for `rounds`; the file holds a number that every peer raises only while it holds the
+   bytes, so that it can never pass the limit unless the library lets it. Says how often it won. */
 static void race(const char *path, unsigned rounds, uint64_t limit) {
   int fd = open(path, O_RDWR | O_CLOEXEC);
   CHECK(fd >= 0);
@@ -105,11 +109,11 @@ int main(int argc, char **argv) {
       CHECK(pid >= 0);
       if (pid == 0) {
         char c;
+        printf("ok\n"); /* said by the child: only then has its fork() ended */
         while (read(0, &c, 1) > 0) {
         }
         _exit(0);
       }
-      printf("ok\n");
     } else {
       printf("unknown command\n");
     }

@@ -10,13 +10,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *count) {
+static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *huge, size_t *count) {
   uintptr_t lo = (uintptr_t)base, hi = lo + size;
   FILE *f = fopen("/proc/self/smaps", "re");
   CHECK(f != NULL);
   char line[512];
   int inside = 0;
-  *rss = *count = 0;
+  *rss = *huge = *count = 0;
   while (fgets(line, sizeof(line), f)) {
     uintptr_t a, b;
     size_t kb;
@@ -27,20 +27,28 @@ static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *count
       ++*count;
     } else if (inside && sscanf(line, "Rss: %zu kB", &kb) == 1) {
       *rss += kb * KIB;
+    } else if (inside && sscanf(line, "AnonHugePages: %zu kB", &kb) == 1) {
+      *huge += kb * KIB;
     }
   }
   fclose(f);
 }
 
 size_t resident(const void *base, size_t size) {
-  size_t rss, count;
-  walk_smaps(base, size, &rss, &count);
+  size_t rss, huge, count;
+  walk_smaps(base, size, &rss, &huge, &count);
   return rss;
 }
 
+size_t huge_pages(const void *base, size_t size) {
+  size_t rss, huge, count;
+  walk_smaps(base, size, &rss, &huge, &count);
+  return huge;
+}
+
 size_t mappings(const void *base, size_t size) {
-  size_t rss, count;
-  walk_smaps(base, size, &rss, &count);
+  size_t rss, huge, count;
+  walk_smaps(base, size, &rss, &huge, &count);
   return count;
 }
 

@@ -9,9 +9,10 @@
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 
-/* Bytes resident in [base, base+size), and the number of mappings there, from /proc/self/smaps. Ends the test when a mapping
-   crosses the borders: its memory could not be told apart. */
+/* Bytes resident in [base, base+size), bytes of that in huge pages, and the number of mappings there, from
+   /proc/self/smaps. Ends the test when a mapping crosses the borders: its memory could not be told apart. */
 size_t resident(const void *base, size_t size);
+size_t huge_pages(const void *base, size_t size);
 size_t mappings(const void *base, size_t size);
 
 /* Whether an address can be read and written, asked of the kernel: no signal is raised. */
@@ -25,7 +26,8 @@ kvcached_stats_t stats_of(kvcached_ctx_t ctx);
 /* Library figures of a region and what the system says must agree. */
 void check_region(kvcached_region_t region);
 
-/* A context of `page` byte pages with no ledger, and one in a ledger. Both end the test when they cannot be had. */
+/* A context of `page` byte pages with no ledger, and one in a ledger. Both end the test when they cannot be
+ * had. */
 kvcached_ctx_t open_alone(size_t page, uint64_t limit);
 kvcached_ctx_t open_in(const char *ledger, const char *group, uint64_t limit);
 

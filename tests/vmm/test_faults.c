@@ -1,5 +1,5 @@
-/* Every call of the backend fails once, at every place it can: what the library counts, what the system sees and what
-   the ledger says must be as before, and the same call must work right after. */
+/* Every call of the backend fails once, at every place it can: what the library counts, what the system sees
+   and what the ledger says must be as before, and the same call must work right after. */
 #include "fault.h"
 #include "support.h"
 
@@ -37,7 +37,11 @@ typedef struct snapshot {
 
 static snapshot take(scene s) {
   kvcached_stats_t t = stats_of(s.ctx);
-  snapshot shot = {.mapped = t.mapped, .idle = t.idle, .charge = t.group_charge};
+  snapshot shot;
+  memset(&shot, 0, sizeof(shot)); /* compared as bytes, the padding too */
+  shot.mapped = t.mapped;
+  shot.idle = t.idle;
+  shot.charge = t.group_charge;
   kvcached_ledger_t l;
   kvcached_slot_t slot = {.struct_size = sizeof(slot)};
   size_t n;

@@ -167,7 +167,8 @@ static void test_no_space(void) {
   CHECK(pid >= 0);
   if (pid == 0) {
     if ((unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) ||
-        mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 || mount("tmpfs", dir, "tmpfs", 0, "size=16k,mode=0700") != 0)
+        mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+        mount("tmpfs", dir, "tmpfs", 0, "size=16k,mode=0700") != 0)
       _exit(77);
     char path[600];
     struct stat st;
@@ -203,6 +204,28 @@ static void test_close_on_exec(void) {
   for (int fd = 0; fd < 64; fd++) CHECK_EQ(fcntl(fd, F_GETFD), before[fd]); /* and none is lost */
 }
 
+/* A slot ends with its descriptor. Were the file mapped through that very one, the mapping would keep the
+   slot alive wherever the address space outlives the process: while somebody reads its /proc/<pid>/smaps, for
+   one. */
+static void test_mapping_holds_no_lock(void) {
+  const char *path = scratch("mapping");
+  pid_t pid = fork();
+  CHECK(pid >= 0);
+  if (pid == 0) {
+    int before[64];
+    for (int fd = 0; fd < 64; fd++) before[fd] = fcntl(fd, F_GETFD);
+    (void)open_in(path, "g", 100);
+    CHECK_EQ(live_slots(path), 1);
+    for (int fd = 0; fd < 64; fd++)
+      if (before[fd] < 0) (void)close(fd);
+    CHECK_EQ(live_slots(path), 0);
+    _exit(0);
+  }
+  int status;
+  CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+  CHECK_EQ(WEXITSTATUS(status), 0);
+}
+
 int main(void) {
   RUN(test_new_file);
   RUN(test_default_path);
@@ -213,5 +236,6 @@ int main(void) {
   RUN(test_file_size_limit);
   RUN(test_no_space);
   RUN(test_close_on_exec);
+  RUN(test_mapping_holds_no_lock);
   return 0;
 }

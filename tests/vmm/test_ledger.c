@@ -1,4 +1,5 @@
-/* Leases, slots and charges, as one process sees them (two handles of one process exclude each other as two processes do). */
+/* Leases, slots and charges, as one process sees them (two handles of one process exclude each other as two
+ * processes do). */
 #include "ledger_file.h"
 #include "support.h"
 
@@ -55,7 +56,8 @@ static void test_lease_and_child(void) {
   CHECK_DETAIL("group \"ollama\"");
   CHECK_DETAIL("409600"); /* the limit */
   CHECK_EQ(live_slots(path), 1);
-  CHECK_OK(kvcached_ledger_lease(other, "another", "model-b", 100 * page, 0, 100 * page, &b)); /* groups do not meet */
+  CHECK_OK(kvcached_ledger_lease(other, "another", "model-b", 100 * page, 0, 100 * page,
+                                 &b)); /* groups do not meet */
   CHECK(a != b);
   CHECK_IS(kvcached_ledger_unlease(parent, b), KVCACHED_E_SLOT); /* not its own */
   CHECK_OK(kvcached_ledger_unlease(other, b));
@@ -163,7 +165,8 @@ static void test_slots_without_lease(void) {
   CHECK_OK(kvcached_open(&o, &b));
   kvcached_ledger_t l = open_ledger(path);
   kvcached_slot_t s = slot_of(l, 0);
-  CHECK(!s.leased && s.attached && s.fixed == 15 * page && s.charge == 15 * page && strlen(s.name) == KVCACHED_NAME_MAX);
+  CHECK(!s.leased && s.attached && s.fixed == 15 * page && s.charge == 15 * page &&
+        strlen(s.name) == KVCACHED_NAME_MAX);
   kvcached_region_t r;
   CHECK_OK(kvcached_reserve(b, 10 * page, &r));
   CHECK_IS(kvcached_ensure(r, 0, 1), KVCACHED_E_LIMIT);
@@ -293,7 +296,8 @@ static void claim_against_rival(const char *path, int older, int ends) {
     CHECK_OK(kvcached_ensure(r, 0, 4 * page)); /* what fits beside it is not held up */
   }
   kvcached_shutdown(rival_ctx);
-  if (!ends) CHECK_OK(kvcached_ensure(r, 0, 6 * page)); /* the announcement of a dead process counts no more */
+  if (!ends)
+    CHECK_OK(kvcached_ensure(r, 0, 6 * page)); /* the announcement of a dead process counts no more */
   kvcached_shutdown(ctx);
   munmap(m, sizeof(*m));
 }

@@ -13,10 +13,13 @@ static size_t slow_run(const uint8_t *s, size_t first, size_t end) {
   return i - first;
 }
 
-static size_t slow_last_idle(const uint8_t *s, size_t end, size_t max, size_t skip_first, size_t skip_end, size_t *first) {
+static size_t slow_last_idle(const uint8_t *s, size_t end, size_t max, size_t skip_first, size_t skip_end,
+                             size_t *first) {
   for (size_t last = end; last > 0; last--) {
     size_t n = 0;
-    while (n < max && n < last && s[last - 1 - n] == KVC_IDLE && !(last - 1 - n >= skip_first && last - 1 - n < skip_end)) n++;
+    while (n < max && n < last && s[last - 1 - n] == KVC_IDLE &&
+           !(last - 1 - n >= skip_first && last - 1 - n < skip_end))
+      n++;
     if (n) {
       *first = last - n;
       return n;

@@ -83,7 +83,8 @@ static void test_limit_race(void) {
   for (int i = 0; i < CROWD; i++) peer_stop(&p[i]);
 }
 
-/* kill -9 in the middle of mapping: its slot, claim and memory are gone, and all of the limit is there again. */
+/* kill -9 in the middle of mapping: its slot, claim and memory are gone, and all of the limit is there again.
+ */
 static void test_sudden_death(void) {
   const char *path = scratch("death");
   uint32_t seed = 5;

@@ -115,7 +115,8 @@ static void states_of(size_t page) {
   memset(base + 2 * page, 'a', 2 * page);
 
   CHECK_OK(kvcached_ensure(r, 0, 6 * page)); /* ensured ones keep their content */
-  CHECK(all_bytes(base + 2 * page, 2 * page, 'a') && all_bytes(base, 2 * page, 0) && all_bytes(base + 4 * page, 2 * page, 0));
+  CHECK(all_bytes(base + 2 * page, 2 * page, 'a') && all_bytes(base, 2 * page, 0) &&
+        all_bytes(base + 4 * page, 2 * page, 0));
   memset(base, 'b', 6 * page);
   check_region(r);
 
@@ -136,7 +137,8 @@ static void states_of(size_t page) {
   CHECK(!ensured && run == 10 * page);
 
   CHECK_OK(kvcached_ensure(r, page, page)); /* recycled: zero, the others untouched */
-  CHECK(all_bytes(base, page, 'b') && all_bytes(base + page, page, 0) && all_bytes(base + 3 * page, 3 * page, 'b'));
+  CHECK(all_bytes(base, page, 'b') && all_bytes(base + page, page, 0) &&
+        all_bytes(base + 3 * page, 3 * page, 'b'));
   CHECK_EQ(stats_of(ctx).idle, page);
   memset(base + page, 'c', page);
 
@@ -175,6 +177,17 @@ static void states_of(size_t page) {
 static void test_states_small_pages(void) { states_of(4 * KIB); }
 static void test_states_big_pages(void) { states_of(2 * MIB); }
 
+/* In a huge page the kernel cannot give a small one back, though Rss would say so. */
+static void test_small_pages_stay_small(void) {
+  kvcached_ctx_t ctx = open_alone(4096, UINT64_MAX);
+  kvcached_region_t r;
+  CHECK_OK(kvcached_reserve(ctx, 8 * MIB, &r));
+  CHECK_OK(kvcached_ensure(r, 0, 8 * MIB));
+  CHECK_EQ(resident(kvcached_region_base(r), 8 * MIB), 8 * MIB);
+  CHECK_EQ(huge_pages(kvcached_region_base(r), 8 * MIB), 0);
+  kvcached_shutdown(ctx);
+}
+
 /* Regions side by side must stay apart in smaps, and end with the context. */
 static void test_neighbours(void) {
   kvcached_ctx_t ctx = open_alone(0, UINT64_MAX);
@@ -183,7 +196,11 @@ static void test_neighbours(void) {
     CHECK_OK(kvcached_reserve(ctx, (size_t)(i + 1) * 4096, &r[i]));
     CHECK_OK(kvcached_ensure(r[i], 0, kvcached_region_size(r[i])));
   }
-  for (int i = 0; i < 20; i++) check_region(r[i]);
+  for (int i = 0; i < 20; i++) {
+    check_region(r[i]);
+    CHECK(!accessible((char *)kvcached_region_base(r[i]) +
+                      kvcached_region_size(r[i]))); /* the next one does not begin here */
+  }
   for (int i = 0; i < 20; i += 2) kvcached_unreserve(r[i]);
   for (int i = 1; i < 20; i += 2) check_region(r[i]);
   CHECK_EQ(stats_of(ctx).mapped, 110 * 4096);
@@ -264,7 +281,8 @@ static void test_limit(void) {
   check_region(b);
 
   CHECK_OK(kvcached_release(a, 0, 4 * page));
-  CHECK_IS(kvcached_ensure(b, 0, 5 * page), KVCACHED_E_LIMIT); /* four idle ones do not suffice: none is taken */
+  CHECK_IS(kvcached_ensure(b, 0, 5 * page),
+           KVCACHED_E_LIMIT); /* four idle ones do not suffice: none is taken */
   CHECK_EQ(stats_of(ctx).idle, 4 * page);
   CHECK_OK(kvcached_ensure(b, 0, 3 * page)); /* three of them are used */
   kvcached_stats_t s = stats_of(ctx);
@@ -413,6 +431,7 @@ int main(void) {
   RUN(test_bad_arguments);
   RUN(test_states_small_pages);
   RUN(test_states_big_pages);
+  RUN(test_small_pages_stay_small);
   RUN(test_neighbours);
   RUN(test_random_calls);
   RUN(test_limit);

@@ -1,4 +1,5 @@
-/* Many threads: on one context, on contexts that share a limit, on one ledger handle. Meant for ThreadSanitizer as well. */
+/* Many threads: on one context, on contexts that share a limit, on one ledger handle. Meant for
+ * ThreadSanitizer as well. */
 #include "support.h"
 
 #include <pthread.h>
@@ -68,7 +69,8 @@ static void test_contexts_of_one_group(void) {
   const char *path = scratch("group");
   _Atomic uint64_t held = 0;
   job jobs[THREADS];
-  for (unsigned i = 0; i < THREADS; i++) jobs[i] = (job){open_in(path, "g", limit), NULL, &held, limit, i + 1, 0};
+  for (unsigned i = 0; i < THREADS; i++)
+    jobs[i] = (job){open_in(path, "g", limit), NULL, &held, limit, i + 1, 0};
   run_threads(jobs);
   for (int i = 0; i < THREADS; i++) {
     CHECK(jobs[i].won > 0);

@@ -1,5 +1,6 @@
-/* What the library needs from a kind of memory. A backend knows nothing of limits, states or claims: it turns runs of
-   whole pages on and off inside a reserved range. Offsets and lengths are multiples of the space's page size. */
+/* What the library needs from a kind of memory. A backend knows nothing of limits, states or claims: it turns
+   runs of whole pages on and off inside a reserved range. Offsets and lengths are multiples of the space's
+   page size. */
 #ifndef KVC_BACKEND_H
 #define KVC_BACKEND_H
 

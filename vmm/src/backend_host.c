@@ -1,10 +1,11 @@
 /*
  * Backend `host`: private anonymous memory.
  *
- * A space is one mapping without access. Mapping a run gives it access and populates it at once: the pages are then
- * resident, so the library's count and the system's Rss agree, and running out of memory shows here rather than at some later
- * touch. Runs of equal protection merge into one kernel mapping by themselves, as long as they share an anon_vma; the number
- * of mappings a process may have (vm.max_map_count) therefore bounds the number of holes, not of pages.
+ * A space is one mapping without access. Mapping a run gives it access and populates it at once: the pages
+ * are then resident, so the library's count and the system's Rss agree, and running out of memory shows here
+ * rather than at some later touch. Runs of equal protection merge into one kernel mapping by themselves, as
+ * long as they share an anon_vma; the number of mappings a process may have (vm.max_map_count) therefore
+ * bounds the number of holes, not of pages.
  */
 #include "backend.h"
 
@@ -34,7 +35,8 @@ static int host_page_size(size_t asked, size_t *out) {
   size_t page = system_page();
   if (asked == 0) asked = page;
   if (asked != page && asked != HUGE_PAGE)
-    return kvc_fail(KVCACHED_E_INVAL, "page_size %zu: host memory has pages of %zu or %zu bytes", asked, page, HUGE_PAGE);
+    return kvc_fail(KVCACHED_E_INVAL, "page_size %zu: host memory has pages of %zu or %zu bytes", asked, page,
+                    HUGE_PAGE);
   *out = asked;
   return KVCACHED_OK;
 }
@@ -43,13 +45,15 @@ static int access_run(const kvc_space *space, size_t off, size_t len, int prot) 
   if (mprotect(at(space, off), len, prot) == 0) return KVCACHED_OK;
   int e = errno;
   return kvc_fail_errno(e == ENOMEM ? KVCACHED_E_NOMEM : KVCACHED_E_SYSTEM, e,
-                        "changing the access of %zu bytes (out of memory, or of mappings: vm.max_map_count)", len);
+                        "changing the access of %zu bytes (out of memory, or of mappings: vm.max_map_count)",
+                        len);
 }
 
 /* Frees the memory of a run, whatever its access. Pages somebody locked (mlock) have to be unlocked first. */
 static int discard_run(const kvc_space *space, size_t off, size_t len) {
   if (madvise(at(space, off), len, MADV_DONTNEED) == 0) return KVCACHED_OK;
-  if (errno == EINVAL && munlock(at(space, off), len) == 0 && madvise(at(space, off), len, MADV_DONTNEED) == 0)
+  if (errno == EINVAL && munlock(at(space, off), len) == 0 &&
+      madvise(at(space, off), len, MADV_DONTNEED) == 0)
     return KVCACHED_OK;
   return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "giving %zu bytes back to the system", len);
 }
@@ -95,9 +99,9 @@ static int host_zero(kvc_space *space, size_t off, size_t len) {
   return KVCACHED_OK;
 }
 
-/* A mapping gets its anon_vma at its first page, and parts that got different ones never merge again: filling every
-   other page and then the holes would leave thousands of mappings. One page touched while all is still one mapping
-   gives every later part the same one. */
+/* A mapping gets its anon_vma at its first page, and parts that got different ones never merge again: filling
+   every other page and then the holes would leave thousands of mappings. One page touched while all is still
+   one mapping gives every later part the same one. */
 static int share_anon_vma(const kvc_space *space) {
   size_t page = system_page();
   int err = access_run(space, 0, page, PROT_READ | PROT_WRITE);
@@ -109,14 +113,16 @@ static int share_anon_vma(const kvc_space *space) {
 }
 
 static int host_reserve(size_t size, size_t page_size, kvc_space *space) {
-  /* Behind the space one page stays a mapping of another kind: two spaces side by side would otherwise merge, and
-     smaps would show their memory as one. */
+  /* Behind the space one page stays without access: running over the end faults even where another space
+     follows, and smaps never shows the two as one mapping. */
   size_t guard = system_page();
   size_t slack = page_size > guard ? page_size : 0;
-  if (size > SIZE_MAX - guard - slack) return kvc_fail(KVCACHED_E_NOMEM, "%zu bytes are more than there are addresses", size);
+  if (size > SIZE_MAX - guard - slack)
+    return kvc_fail(KVCACHED_E_NOMEM, "%zu bytes are more than there are addresses", size);
   size_t total = size + guard + slack;
   char *raw = mmap(NULL, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (raw == MAP_FAILED) return kvc_fail_errno(KVCACHED_E_NOMEM, errno, "reserving %zu bytes of addresses", size);
+  if (raw == MAP_FAILED)
+    return kvc_fail_errno(KVCACHED_E_NOMEM, errno, "reserving %zu bytes of addresses", size);
 
   size_t lead = slack ? (page_size - (uintptr_t)raw % page_size) % page_size : 0;
   char *base = raw + lead;
@@ -127,12 +133,13 @@ static int host_reserve(size_t size, size_t page_size, kvc_space *space) {
   *space = (kvc_space){.base = base, .size = size, .page_size = page_size};
   /* Otherwise a forked child would keep pages after the process that claims them has ended. */
   if (madvise(base, size, MADV_DONTFORK) != 0) {
-    int err = kvc_fail_errno(errno == ENOMEM ? KVCACHED_E_NOMEM : KVCACHED_E_SYSTEM, errno, "keeping %zu bytes out of children", size);
+    int err = kvc_fail_errno(errno == ENOMEM ? KVCACHED_E_NOMEM : KVCACHED_E_SYSTEM, errno,
+                             "keeping %zu bytes out of children", size);
     (void)munmap(base, span);
     return err;
   }
-  /* Hints, absent from some kernels: 4 KiB pages must not be grown into huge ones (memory nobody asked for), 2 MiB
-     ones may as well be huge. */
+  /* Hints, absent from some kernels: 4 KiB pages must not be grown into huge ones (memory nobody asked for),
+     2 MiB ones may as well be huge. */
   (void)madvise(base, size, page_size == HUGE_PAGE ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   (void)prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, base, size, "kvcached");
   int err = share_anon_vma(space);

@@ -19,7 +19,9 @@ void kvc_log(const struct kvcached_ctx *ctx, int level, const char *fmt, ...) {
   ctx->log(level, msg, ctx->log_user);
 }
 
-int kvc_check_process(const struct kvcached_ctx *ctx) { return ctx->pid == getpid() ? KVCACHED_OK : kvc_fail_forked(ctx->pid); }
+int kvc_check_process(const struct kvcached_ctx *ctx) {
+  return ctx->pid == getpid() ? KVCACHED_OK : kvc_fail_forked(ctx->pid);
+}
 
 int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *excess) {
   *excess = 0;
@@ -30,7 +32,9 @@ int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *excess) {
     uint64_t held = kvc_sat_add(ctx->fixed, ctx->claim), after = kvc_sat_add(held, bytes);
     if (after > ctx->limit) {
       *excess = after - ctx->limit;
-      return kvc_fail(KVCACHED_E_LIMIT, "%" PRIu64 " bytes asked for beside %" PRIu64 " charged; the limit is %" PRIu64 ", passed by %" PRIu64,
+      return kvc_fail(KVCACHED_E_LIMIT,
+                      "%" PRIu64 " bytes asked for beside %" PRIu64 " charged; the limit is %" PRIu64
+                      ", passed by %" PRIu64,
                       bytes, held, ctx->limit, *excess);
     }
   }
@@ -44,18 +48,22 @@ void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes) {
 }
 
 void kvcached_options_init(kvcached_options_t *o) {
-  if (o) *o = (kvcached_options_t){.struct_size = sizeof(*o), .backend = KVCACHED_BACKEND_HOST, .limit = UINT64_MAX, .slot = -1};
+  if (o)
+    *o = (kvcached_options_t){
+        .struct_size = sizeof(*o), .backend = KVCACHED_BACKEND_HOST, .limit = UINT64_MAX, .slot = -1};
 }
 
-/* A caller's options in this library's size: fields an older caller lacks have their defaults, fields of a newer
-   one are refused when they ask for something. */
+/* A caller's options in this library's size: fields an older caller lacks have their defaults, fields of a
+   newer one are refused when they ask for something. */
 static int read_options(const kvcached_options_t *in, kvcached_options_t *o) {
   kvcached_options_init(o);
   size_t size = in->struct_size;
-  if (size < sizeof(size) || size > 4096) return kvc_fail(KVCACHED_E_INVAL, "options.struct_size is %zu: use kvcached_options_init", size);
+  if (size < sizeof(size) || size > 4096)
+    return kvc_fail(KVCACHED_E_INVAL, "options.struct_size is %zu: use kvcached_options_init", size);
   for (size_t i = sizeof(*o); i < size; i++)
     if (((const unsigned char *)in)[i] != 0)
-      return kvc_fail(KVCACHED_E_INVAL, "options has fields this library (%s) does not know", KVCACHED_VERSION);
+      return kvc_fail(KVCACHED_E_INVAL, "options has fields this library (%s) does not know",
+                      KVCACHED_VERSION);
   memcpy(o, in, size < sizeof(*o) ? size : sizeof(*o));
   o->struct_size = sizeof(*o);
   if (o->slot < -1) return kvc_fail(KVCACHED_E_INVAL, "slot %d: a leased slot, or -1", o->slot);
@@ -66,7 +74,8 @@ static int read_options(const kvcached_options_t *in, kvcached_options_t *o) {
   return KVCACHED_OK;
 }
 
-static int join_ledger(struct kvcached_ctx *ctx, const kvcached_options_t *o, char group[KVCACHED_GROUP_MAX + 1]) {
+static int join_ledger(struct kvcached_ctx *ctx, const kvcached_options_t *o,
+                       char group[KVCACHED_GROUP_MAX + 1]) {
   int err = kvc_ledger_open(o->ledger_path, ctx->backend->name, &ctx->ledger);
   if (err) return err;
   if (o->slot >= 0) {
@@ -94,17 +103,20 @@ int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out) {
   struct kvcached_ctx *ctx = calloc(1, sizeof(*ctx));
   if (!ctx) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a context");
   char group[KVCACHED_GROUP_MAX + 1] = "";
-  *ctx = (struct kvcached_ctx){.pid = getpid(), .limit = o.limit, .slot = -1, .fixed = o.fixed, .log = o.log, .log_user = o.log_user};
+  *ctx = (struct kvcached_ctx){
+      .pid = getpid(), .limit = o.limit, .slot = -1, .fixed = o.fixed, .log = o.log, .log_user = o.log_user};
   ctx->backend = kvc_backend_get(o.backend);
   if (!ctx->backend) {
-    err = kvc_fail(KVCACHED_E_UNSUPPORTED, "backend %d: this build has %d (host)", o.backend, KVCACHED_BACKEND_HOST);
+    err = kvc_fail(KVCACHED_E_UNSUPPORTED, "backend %d: this build has %d (host)", o.backend,
+                   KVCACHED_BACKEND_HOST);
     goto fail;
   }
   err = ctx->backend->page_size(o.page_size, &ctx->page_size);
   if (err) goto fail;
   if (o.ledger_path && !*o.ledger_path) {
     if (o.fixed > o.limit)
-      err = kvc_fail(KVCACHED_E_LIMIT, "%" PRIu64 " bytes held outside the library; the limit is %" PRIu64, o.fixed, o.limit);
+      err = kvc_fail(KVCACHED_E_LIMIT, "%" PRIu64 " bytes held outside the library; the limit is %" PRIu64,
+                     o.fixed, o.limit);
   } else {
     err = join_ledger(ctx, &o, group);
   }
@@ -115,10 +127,11 @@ int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out) {
     goto fail;
   }
   if (ctx->ledger)
-    kvc_log(ctx, KVCACHED_LOG_INFO, "%s memory, pages of %zu bytes, group %s, slot %d of %s", ctx->backend->name, ctx->page_size, group,
-            ctx->slot, kvcached_ledger_path(ctx->ledger));
+    kvc_log(ctx, KVCACHED_LOG_INFO, "%s memory, pages of %zu bytes, group %s, slot %d of %s",
+            ctx->backend->name, ctx->page_size, group, ctx->slot, kvcached_ledger_path(ctx->ledger));
   else
-    kvc_log(ctx, KVCACHED_LOG_INFO, "%s memory, pages of %zu bytes, no ledger", ctx->backend->name, ctx->page_size);
+    kvc_log(ctx, KVCACHED_LOG_INFO, "%s memory, pages of %zu bytes, no ledger", ctx->backend->name,
+            ctx->page_size);
   *out = ctx;
   return KVCACHED_OK;
 
@@ -156,7 +169,8 @@ int kvc_stats_finish(struct kvcached_ctx *ctx, kvcached_stats_t *s, kvcached_sta
 
 int kvcached_stats(kvcached_ctx_t ctx, kvcached_stats_t *out) {
   if (!ctx || !out) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", ctx ? "out" : "ctx");
-  if (out->struct_size < sizeof(out->struct_size)) return kvc_fail(KVCACHED_E_INVAL, "out->struct_size is %zu", out->struct_size);
+  if (out->struct_size < sizeof(out->struct_size))
+    return kvc_fail(KVCACHED_E_INVAL, "out->struct_size is %zu", out->struct_size);
   int err = kvc_check_process(ctx);
   if (err) return err;
   (void)pthread_mutex_lock(&ctx->mutex);

@@ -29,8 +29,8 @@ struct kvcached_ctx {
   uint64_t limit;
   kvcached_ledger_t ledger; /* NULL = none */
   int slot;
-  uint64_t fixed;           /* charged beside the pages when there is no ledger */
-  uint64_t claim;           /* bytes claimed: always those mapped, but inside ensure, where it runs ahead */
+  uint64_t fixed; /* charged beside the pages when there is no ledger */
+  uint64_t claim; /* bytes claimed: always those mapped, but inside ensure, where it runs ahead */
   uint64_t reserved;
   struct kvcached_region *regions; /* newest first */
   kvc_counters counters;
@@ -38,12 +38,14 @@ struct kvcached_ctx {
   void *log_user;
 };
 
-void kvc_log(const struct kvcached_ctx *ctx, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void kvc_log(const struct kvcached_ctx *ctx, int level, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 
 /* E_FORKED when this process is not the context's own. */
 int kvc_check_process(const struct kvcached_ctx *ctx);
 
-/* Adds bytes to the context's claim, within the limit; on E_LIMIT *excess is by how much they pass it. The context's mutex is held. */
+/* Adds bytes to the context's claim, within the limit; on E_LIMIT *excess is by how much they pass it. The
+ * context's mutex is held. */
 int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *excess);
 void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes);
 

@@ -57,5 +57,6 @@ int kvc_fail_errno(int err, int errnum, const char *fmt, ...) {
 }
 
 int kvc_fail_forked(long owner) {
-  return kvc_fail(KVCACHED_E_FORKED, "opened by process %ld, used in its forked child %ld", owner, (long)getpid());
+  return kvc_fail(KVCACHED_E_FORKED, "opened by process %ld, used in its forked child %ld", owner,
+                  (long)getpid());
 }

@@ -1,5 +1,5 @@
-/* Errors inside the library: one call sets the thread's detail and yields the code, so that a failing line reads
-   `return kvc_fail(KVCACHED_E_INVAL, "...", ...)`. */
+/* Errors inside the library: one call sets the thread's detail and yields the code, so that a failing line
+   reads `return kvc_fail(KVCACHED_E_INVAL, "...", ...)`. */
 #ifndef KVC_ERROR_H
 #define KVC_ERROR_H
 

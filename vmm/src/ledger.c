@@ -1,5 +1,6 @@
 /*
- * Slots of the ledger: taking, leasing, listing. The protocol of claims is in ledger_claim.c, the file in ledger_file.c.
+ * Slots of the ledger: taking, leasing, listing. The protocol of claims is in ledger_claim.c, the file in
+ * ledger_file.c.
  */
 #include "ledger_impl.h"
 
@@ -11,7 +12,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* ---- all open ledgers of the process: a forked child has to drop their descriptors, or it would keep their slots alive ---- */
+/* ---- all open ledgers of the process ---- */
+
+/* A forked child has to drop their descriptors, or it would keep their slots alive. */
 
 static pthread_mutex_t all_mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct kvcached_ledger *all;
@@ -31,7 +34,9 @@ static void after_fork_child(void) {
   (void)pthread_mutex_unlock(&all_mutex);
 }
 
-static void install_fork_handlers(void) { fork_error = pthread_atfork(before_fork, after_fork_parent, after_fork_child); }
+static void install_fork_handlers(void) {
+  fork_error = pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}
 
 int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *out) {
   *out = NULL;
@@ -41,7 +46,8 @@ int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *ou
   struct kvcached_ledger *l = calloc(1, sizeof(*l));
   if (!l) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a ledger handle");
   int err = KVCACHED_OK;
-  int len = path ? asprintf(&l->path, "%s", path) : asprintf(&l->path, "/dev/shm/kvcached-%lu-%s", (unsigned long)geteuid(), backend);
+  int len = path ? asprintf(&l->path, "%s", path)
+                 : asprintf(&l->path, "/dev/shm/kvcached-%lu-%s", (unsigned long)geteuid(), backend);
   if (len < 0) {
     l->path = NULL;
     err = kvc_fail(KVCACHED_E_NOMEM, "no memory for the ledger's path");
@@ -91,7 +97,8 @@ void kvcached_ledger_close(kvcached_ledger_t l) {
     }
   }
   (void)pthread_mutex_unlock(&all_mutex);
-  /* Dropped by name: a child made by a bare clone() shares the open file, and closing it here would not end the locks. */
+  /* Dropped by name: a child made by a bare clone() shares the open file, and closing it here would not end
+   * the locks. */
   for (int i = 0; i < KVC_LEDGER_SLOTS; i++)
     if (l->held[i]) (void)kvc_ledger_file_drop(l->fd, i, l->held[i]);
   (void)munmap(l->map, sizeof(*l->map));
@@ -103,7 +110,9 @@ void kvcached_ledger_close(kvcached_ledger_t l) {
 
 const char *kvcached_ledger_path(kvcached_ledger_t l) { return l ? l->path : NULL; }
 
-/* ---- text in a slot: words, so that no reader sees half a letter of one and half of another ---- */
+/* ---- text in a slot ---- */
+
+/* Whole words, so that a reader never sees half a letter of one text and half of another's. */
 
 static void put_text(_Atomic uint64_t *words, size_t n, const char *text) {
   size_t len = text ? strnlen(text, n * 8 - 1) : 0;
@@ -149,8 +158,8 @@ int kvc_slot_read(struct kvcached_ledger *l, int slot, kvc_slot_view *v) {
   get_text(s->group, WORDS(s->group), v->group);
   if (!(holders & KVC_HOLD_USER)) v->pending = v->claim = 0; /* left behind by a user that died */
   v->holders = holders;
-  /* Taken anew meanwhile: what was read is mixed. Nothing is charged to it yet, and what will be is summed after
-     the caller's own announcement. */
+  /* Taken anew meanwhile: what was read is mixed. Nothing is charged to it yet, and what will be is summed
+     after the caller's own announcement. */
   if (atomic_load(&s->gen) != gen) memset(v, 0, sizeof(*v));
   return KVCACHED_OK;
 }
@@ -165,7 +174,8 @@ static int take_free(struct kvcached_ledger *l, const char *group, const char *n
     kvc_ledger_slot *s = &l->map->slot[i];
     uint64_t gen = atomic_load(&s->gen) | 1; /* odd already when the last taker died right here */
     atomic_store(&s->gen, gen);
-    _Atomic uint64_t *fields[] = {&s->lease, &s->fixed, &s->claim, &s->pending, &s->ticket, &s->reserved, &s->user_pid, &s->lessor_pid};
+    _Atomic uint64_t *fields[] = {&s->lease,  &s->fixed,    &s->claim,    &s->pending,
+                                  &s->ticket, &s->reserved, &s->user_pid, &s->lessor_pid};
     for (size_t f = 0; f < WORDS(fields); f++) atomic_store(fields[f], 0);
     put_text(s->group, WORDS(s->group), group);
     put_text(s->name, WORDS(s->name), name);
@@ -200,7 +210,9 @@ int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const ch
   int err;
   int taken = kvc_ledger_file_hold(l->fd, slot, KVC_HOLD_USER);
   if (taken <= 0) {
-    err = taken < 0 ? taken : kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is in use by pid %" PRIu64, slot, l->path, atomic_load(&s->user_pid));
+    err = taken < 0 ? taken
+                    : kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is in use by pid %" PRIu64, slot, l->path,
+                               atomic_load(&s->user_pid));
     goto out;
   }
   int holders = kvc_ledger_file_holders(l->fd, slot);
@@ -209,12 +221,15 @@ int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const ch
     goto drop;
   }
   if (!(holders & KVC_HOLD_LESSOR)) {
-    err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is not leased: the process that leased it has ended, or never did", slot, l->path);
+    err = kvc_fail(KVCACHED_E_SLOT,
+                   "slot %d of %s is not leased: the process that leased it has ended, or never did", slot,
+                   l->path);
     goto drop;
   }
   get_text(s->group, WORDS(s->group), group_out);
   if (group && strcmp(group, group_out) != 0) {
-    err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s was leased for group \"%s\", not \"%s\"", slot, l->path, group_out, group);
+    err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s was leased for group \"%s\", not \"%s\"", slot, l->path,
+                   group_out, group);
     goto drop;
   }
   atomic_store(&s->pending, 0);
@@ -233,9 +248,12 @@ out:
   return err;
 }
 
-void kvc_ledger_set_reserved(kvcached_ledger_t l, int slot, uint64_t bytes) { atomic_store(&l->map->slot[slot].reserved, bytes); }
+void kvc_ledger_set_reserved(kvcached_ledger_t l, int slot, uint64_t bytes) {
+  atomic_store(&l->map->slot[slot].reserved, bytes);
+}
 
-int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *name, uint64_t size, uint64_t fixed, uint64_t limit, int *out) {
+int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *name, uint64_t size,
+                          uint64_t fixed, uint64_t limit, int *out) {
   if (!l || !out) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", l ? "slot" : "ledger");
   *out = -1;
   if (l->pid != getpid()) return kvc_fail_forked(l->pid);
@@ -295,11 +313,14 @@ static int describe(struct kvcached_ledger *l, int slot, kvcached_slot_t *out) {
 }
 
 int kvcached_ledger_slots(kvcached_ledger_t l, kvcached_slot_t *out, size_t cap, size_t *n) {
-  if (!l || !n || (!out && cap)) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", !l ? "ledger" : !n ? "n" : "out");
+  if (!l || !n || (!out && cap))
+    return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", !l ? "ledger" : !n ? "n" : "out");
   *n = 0;
   if (l->pid != getpid()) return kvc_fail_forked(l->pid);
   size_t stride = cap ? out[0].struct_size : sizeof(*out);
-  if (stride < sizeof(*out)) return kvc_fail(KVCACHED_E_INVAL, "out[0].struct_size is %zu, a slot has %zu bytes", stride, sizeof(*out));
+  if (stride < sizeof(*out))
+    return kvc_fail(KVCACHED_E_INVAL, "out[0].struct_size is %zu, a slot has %zu bytes", stride,
+                    sizeof(*out));
 
   (void)pthread_mutex_lock(&l->mutex);
   int err = KVCACHED_OK;

@@ -16,12 +16,15 @@ int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *ou
 /* Takes a free slot as its user. E_FULL. */
 int kvc_ledger_take(kvcached_ledger_t ledger, const char *group, const char *name, int *slot);
 
-/* Takes a leased slot as its user. group may be NULL; the slot's is left in group_out (KVCACHED_GROUP_MAX + 1 bytes). E_SLOT. */
-int kvc_ledger_attach(kvcached_ledger_t ledger, int slot, const char *group, const char *name, char *group_out);
+/* Takes a leased slot as its user. group may be NULL; the slot's is left in group_out (KVCACHED_GROUP_MAX + 1
+ * bytes). E_SLOT. */
+int kvc_ledger_attach(kvcached_ledger_t ledger, int slot, const char *group, const char *name,
+                      char *group_out);
 
-/* Adds bytes to a slot this handle uses if the group's charges stay within limit. On E_LIMIT *excess is by how much they
-   would have passed it. */
-int kvc_ledger_claim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit, uint64_t *excess);
+/* Adds bytes to a slot this handle uses if the group's charges stay within limit. On E_LIMIT *excess is by
+   how much they would have passed it. */
+int kvc_ledger_claim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
+                     uint64_t *excess);
 void kvc_ledger_unclaim(kvcached_ledger_t ledger, int slot, uint64_t bytes);
 
 void kvc_ledger_set_reserved(kvcached_ledger_t ledger, int slot, uint64_t bytes);

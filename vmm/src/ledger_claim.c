@@ -1,16 +1,18 @@
 /*
  * Claims: how processes keep one limit with no lock and no server between them.
  *
- * A claimer announces what it wants in its own slot (`pending`), then sums what the live slots of its group are charged and what
- * they have announced. If all of it is within the limit the announcement becomes a claim, else it is withdrawn. Announcing comes
- * before summing, in one order for all processes (seq_cst): of two claimers at least one sees the other, so they cannot both
- * take the last bytes. That alone keeps the limit; everything below is about who gets them:
+ * A claimer announces what it wants in its own slot (`pending`), then sums what the live slots of its group
+ * are charged and what they have announced. If all of it is within the limit the announcement becomes a
+ * claim, else it is withdrawn. Announcing comes before summing, in one order for all processes (seq_cst): of
+ * two claimers at least one sees the other, so they cannot both take the last bytes. That alone keeps the
+ * limit; everything below is about who gets them:
  *
- *   - Charges that stand do not leave room: the claim fails.
- *   - Older announcements are in the way: withdraw, wait for them to end, announce again with the same ticket.
- *   - Only younger ones are: keep the announcement and look again. They see it and withdraw.
+ * - Charges that stand do not leave room: the claim fails.
+ * - Older announcements are in the way: withdraw, wait for them to end, announce again with the same ticket.
+ * - Only younger ones are: keep the announcement and look again. They see it and withdraw.
  *
- * The oldest announced claim is therefore never the one to give way. The wait is bounded: the other process may be stopped.
+ * The oldest announced claim is therefore never the one to give way. The wait is bounded: the other process
+ * may be stopped.
  */
 #include "ledger_impl.h"
 
@@ -21,7 +23,8 @@
 #include <unistd.h>
 
 #define CLAIM_WAIT_NS INT64_C(1000000000)
-/* A sum is not a snapshot: bytes that one slot gave up and another took may show in both. It has to fail thrice. */
+/* A sum is not a snapshot: bytes that one slot gave up and another took may show in both. It has to fail
+ * thrice. */
 #define FULL_SUMS 3
 
 typedef struct group_sum {
@@ -29,7 +32,8 @@ typedef struct group_sum {
   int slots;
 } group_sum;
 
-static int sum_others(struct kvcached_ledger *l, int slot, const char *group, uint64_t ticket, group_sum *sum) {
+static int sum_others(struct kvcached_ledger *l, int slot, const char *group, uint64_t ticket,
+                      group_sum *sum) {
   *sum = (group_sum){0};
   for (int i = 0; i < KVC_LEDGER_SLOTS; i++) {
     if (i == slot) continue;
@@ -48,7 +52,9 @@ static int sum_others(struct kvcached_ledger *l, int slot, const char *group, ui
 }
 
 static void commit(kvc_ledger_slot *s, kvc_claim_kind kind, uint64_t bytes) {
-  _Atomic uint64_t *field = kind == KVC_CLAIM_LEASE ? &s->lease : kind == KVC_CLAIM_FIXED ? &s->fixed : &s->claim;
+  _Atomic uint64_t *field = kind == KVC_CLAIM_LEASE   ? &s->lease
+                            : kind == KVC_CLAIM_FIXED ? &s->fixed
+                                                      : &s->claim;
   atomic_fetch_add(field, bytes);
   atomic_store(&s->pending, 0); /* after: a reader may count it twice for a moment, never not at all */
 }
@@ -67,7 +73,8 @@ static void pause_for(unsigned round) {
     (void)nanosleep(&(struct timespec){.tv_nsec = round < 64 ? 50000 : 500000}, NULL);
 }
 
-int kvc_claim_locked(struct kvcached_ledger *l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit, uint64_t *excess) {
+int kvc_claim_locked(struct kvcached_ledger *l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
+                     uint64_t *excess) {
   kvc_ledger_slot *s = &l->map->slot[slot];
   *excess = 0;
   kvc_slot_view self;
@@ -106,19 +113,24 @@ int kvc_claim_locked(struct kvcached_ledger *l, int slot, kvc_claim_kind kind, u
   }
   atomic_store(&s->pending, 0);
   return kvc_fail(KVCACHED_E_LIMIT,
-                  "group \"%s\": %" PRIu64 " bytes asked for slot %d, which is charged %" PRIu64 "; %d other slots are charged %" PRIu64
-                  " and asking for %" PRIu64 "; the limit is %" PRIu64 ", passed by %" PRIu64,
-                  self.group, bytes, slot, before, sum.slots, sum.charged, kvc_sat_add(sum.older, sum.younger), limit, *excess);
+                  "group \"%s\": %" PRIu64 " bytes asked for slot %d, which is charged %" PRIu64
+                  "; %d other slots are charged %" PRIu64 " and asking for %" PRIu64 "; the limit is %" PRIu64
+                  ", passed by %" PRIu64,
+                  self.group, bytes, slot, before, sum.slots, sum.charged,
+                  kvc_sat_add(sum.older, sum.younger), limit, *excess);
 }
 
-int kvc_ledger_claim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit, uint64_t *excess) {
+int kvc_ledger_claim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
+                     uint64_t *excess) {
   (void)pthread_mutex_lock(&l->mutex);
   int err = kvc_claim_locked(l, slot, kind, bytes, limit, excess);
   (void)pthread_mutex_unlock(&l->mutex);
   return err;
 }
 
-void kvc_ledger_unclaim(kvcached_ledger_t l, int slot, uint64_t bytes) { atomic_fetch_sub(&l->map->slot[slot].claim, bytes); }
+void kvc_ledger_unclaim(kvcached_ledger_t l, int slot, uint64_t bytes) {
+  atomic_fetch_sub(&l->map->slot[slot].claim, bytes);
+}
 
 int kvc_ledger_group_charge(kvcached_ledger_t l, int slot, uint64_t *out) {
   kvc_slot_view self;

@@ -1,10 +1,12 @@
 /*
  * The ledger's file.
  *
- * Locks are open-file-description record locks (F_OFD_SETLK): they belong to one open(), so that two contexts of one process
- * exclude each other as two processes do, and the kernel drops them when the last copy of the descriptor goes, however the
- * process ends. They lie on bytes far behind the end of the file, which have no content and need none.
- * A mapping would keep the open file, and with it the locks, alive in a forked child: the file is not mapped into children.
+ * Locks are open-file-description record locks (F_OFD_SETLK): they belong to one open(), so that two contexts
+ * of one process exclude each other as two processes do, and the kernel drops them when the last copy of the
+ * descriptor goes, however the process ends. They lie on bytes far behind the end of the file, which have no
+ * content and need none. A mapping keeps its open file, and with it the locks, alive wherever it lives on: in
+ * a forked child, or in a dead process whose address space somebody still reads through /proc. So the file is
+ * mapped through an open() of its own, which carries no locks.
  */
 #include "ledger_file.h"
 
@@ -18,8 +20,8 @@
 #include <unistd.h>
 
 #define LOCK_BASE ((off_t)1 << 30)
-#define LOCK_CREATE LOCK_BASE            /* held while the file is filled in */
-#define LOCK_SLOTS (LOCK_BASE + 64)      /* two bytes a slot: lessor, user */
+#define LOCK_CREATE LOCK_BASE       /* held while the file is filled in */
+#define LOCK_SLOTS (LOCK_BASE + 64) /* two bytes a slot: lessor, user */
 #define CREATE_WAIT_MS 2000
 
 static int set_lock(int fd, short type, off_t start, off_t len) {
@@ -57,7 +59,8 @@ int kvc_ledger_file_holders(int fd, int slot) {
     hold_range(slot, hold, &start, &len);
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = start, .l_len = len};
     if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
-      return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "asking for the holders of slot %d of the ledger", slot);
+      return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "asking for the holders of slot %d of the ledger",
+                            slot);
     if (lock.l_type != F_UNLCK) holders |= hold;
   }
   return holders;
@@ -67,13 +70,14 @@ int kvc_ledger_file_holders(int fd, int slot) {
 static int check_owner(const char *path, const struct stat *st) {
   if (!S_ISREG(st->st_mode)) return kvc_fail(KVCACHED_E_LEDGER, "%s is not a plain file", path);
   if (st->st_uid != geteuid())
-    return kvc_fail(KVCACHED_E_LEDGER, "%s belongs to uid %lu, this process runs as uid %lu", path, (unsigned long)st->st_uid,
-                    (unsigned long)geteuid());
+    return kvc_fail(KVCACHED_E_LEDGER, "%s belongs to uid %lu, this process runs as uid %lu", path,
+                    (unsigned long)st->st_uid, (unsigned long)geteuid());
   if (st->st_mode & 077)
-    return kvc_fail(KVCACHED_E_LEDGER, "%s has mode %04o: others must not have access, it has to be 0600", path,
-                    (unsigned)(st->st_mode & 07777));
+    return kvc_fail(KVCACHED_E_LEDGER, "%s has mode %04o: others must not have access, it has to be 0600",
+                    path, (unsigned)(st->st_mode & 07777));
   if (st->st_nlink > 1)
-    return kvc_fail(KVCACHED_E_LEDGER, "%s has %lu names (hard links), it may have one", path, (unsigned long)st->st_nlink);
+    return kvc_fail(KVCACHED_E_LEDGER, "%s has %lu names (hard links), it may have one", path,
+                    (unsigned long)st->st_nlink);
   return KVCACHED_OK;
 }
 
@@ -92,7 +96,8 @@ static int write_at(int fd, const void *buf, size_t len, off_t off) {
   return n >= 0 && (size_t)n == len ? 0 : -1;
 }
 
-/* 1: a finished ledger of ours. 0: empty, or left unfinished by a creator that died. Negative: something else. */
+/* 1: a finished ledger of ours. 0: empty, or left unfinished by a creator that died. Negative: something
+ * else. */
 static int check_content(const char *path, int fd, off_t size) {
   struct {
     uint64_t magic;
@@ -103,16 +108,21 @@ static int check_content(const char *path, int fd, off_t size) {
     if (read_at(fd, &head, sizeof(head), 0) != (ssize_t)sizeof(head))
       return kvc_fail_errno(KVCACHED_E_LEDGER, errno, "reading %s", path);
     if (head.magic == 0 && size == (off_t)sizeof(kvc_ledger_map)) return 0;
-    if (head.magic != KVC_LEDGER_MAGIC) return kvc_fail(KVCACHED_E_LEDGER, "%s is not a ledger of this library", path);
+    if (head.magic != KVC_LEDGER_MAGIC)
+      return kvc_fail(KVCACHED_E_LEDGER, "%s is not a ledger of this library", path);
     if (head.version != KVC_LEDGER_VERSION)
-      return kvc_fail(KVCACHED_E_LEDGER, "%s is a ledger of version %u, this library has version %u: end the processes that use it, then delete it",
+      return kvc_fail(KVCACHED_E_LEDGER,
+                      "%s is a ledger of version %u, this library has version %u: end the processes that use "
+                      "it, then delete it",
                       path, head.version, KVC_LEDGER_VERSION);
-    if (size == (off_t)sizeof(kvc_ledger_map) && head.slots == KVC_LEDGER_SLOTS && head.slot_size == sizeof(kvc_ledger_slot) &&
-        head.header_size == offsetof(kvc_ledger_map, slot))
+    if (size == (off_t)sizeof(kvc_ledger_map) && head.slots == KVC_LEDGER_SLOTS &&
+        head.slot_size == sizeof(kvc_ledger_slot) && head.header_size == offsetof(kvc_ledger_map, slot))
       return 1;
   }
-  return kvc_fail(KVCACHED_E_LEDGER, "%s is damaged (%lld bytes, a ledger has %zu): end the processes that use it, then delete it", path,
-                  (long long)size, sizeof(kvc_ledger_map));
+  return kvc_fail(
+      KVCACHED_E_LEDGER,
+      "%s is damaged (%lld bytes, a ledger has %zu): end the processes that use it, then delete it", path,
+      (long long)size, sizeof(kvc_ledger_map));
 }
 
 /* Gives an empty file its space and its header. The caller holds the creation lock. */
@@ -121,8 +131,9 @@ static int fill_in(const char *path, int fd) {
   /* Growing a file past this limit raises a signal that ends the process: look first. */
   struct rlimit lim;
   if (getrlimit(RLIMIT_FSIZE, &lim) == 0 && lim.rlim_cur != RLIM_INFINITY && lim.rlim_cur < (rlim_t)size)
-    return kvc_fail(KVCACHED_E_LEDGER, "%s needs %lld bytes, this process may write files of %llu (ulimit -f)", path, (long long)size,
-                    (unsigned long long)lim.rlim_cur);
+    return kvc_fail(KVCACHED_E_LEDGER,
+                    "%s needs %lld bytes, this process may write files of %llu (ulimit -f)", path,
+                    (long long)size, (unsigned long long)lim.rlim_cur);
   int e;
   do e = posix_fallocate(fd, 0, size);
   while (e == EINTR);
@@ -150,7 +161,8 @@ static int check_or_create(const char *path, int fd) {
     }
     err = check_owner(path, &st);
     if (err) break;
-    /* A creator at work shows as an unfinished file; only with the lock in hand is it known to be a dead one's. */
+    /* A creator at work shows as an unfinished file; only with the lock in hand is it known to be a dead
+     * one's. */
     err = check_content(path, fd, st.st_size);
     if (err != 0) break;
     if (locked) {
@@ -163,7 +175,8 @@ static int check_or_create(const char *path, int fd) {
       err = kvc_fail_errno(KVCACHED_E_LEDGER, errno, "locking %s", path);
       break;
     } else if (waited >= CREATE_WAIT_MS) {
-      err = kvc_fail(KVCACHED_E_LEDGER, "%s has been under creation by another process for %d ms", path, CREATE_WAIT_MS);
+      err = kvc_fail(KVCACHED_E_LEDGER, "%s has been under creation by another process for %d ms", path,
+                     CREATE_WAIT_MS);
       break;
     } else {
       (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
@@ -173,33 +186,48 @@ static int check_or_create(const char *path, int fd) {
   return err < 0 ? err : KVCACHED_OK;
 }
 
+static int open_file(const char *path, int flags, int *fd) {
+  do *fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC | O_NOCTTY | O_NONBLOCK | flags, 0600);
+  while (*fd < 0 && errno == EINTR);
+  if (*fd >= 0) return KVCACHED_OK;
+  if (errno == ELOOP) return kvc_fail(KVCACHED_E_LEDGER, "%s is a symbolic link: not followed", path);
+  return kvc_fail_errno(KVCACHED_E_LEDGER, errno, "opening %s", path);
+}
+
+/* Maps the file that fd has open, through another open(). */
+static int map_file(const char *path, int fd, kvc_ledger_map **out) {
+  int map_fd;
+  int err = open_file(path, 0, &map_fd);
+  if (err) return err;
+  void *map = MAP_FAILED;
+  struct stat a, b;
+  if (fstat(fd, &a) != 0 || fstat(map_fd, &b) != 0) {
+    err = kvc_fail_errno(KVCACHED_E_LEDGER, errno, "looking at %s", path);
+  } else if (a.st_dev != b.st_dev || a.st_ino != b.st_ino) {
+    err = kvc_fail(KVCACHED_E_LEDGER, "%s was replaced while it was being opened", path);
+  } else {
+    map = mmap(NULL, sizeof(kvc_ledger_map), PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+    if (map == MAP_FAILED)
+      err = kvc_fail_errno(KVCACHED_E_NOMEM, errno, "mapping %s", path);
+    else if (madvise(map, sizeof(kvc_ledger_map), MADV_DONTFORK) != 0) /* a child has no business in it */
+      err = kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "keeping %s out of children", path);
+  }
+  if (err && map != MAP_FAILED) (void)munmap(map, sizeof(kvc_ledger_map));
+  (void)close(map_fd);
+  if (!err) *out = map;
+  return err;
+}
+
 int kvc_ledger_file_open(const char *path, int *fd_out, kvc_ledger_map **map_out) {
   int fd;
-  do fd = open(path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
-  while (fd < 0 && errno == EINTR);
-  if (fd < 0) {
-    if (errno == ELOOP) return kvc_fail(KVCACHED_E_LEDGER, "%s is a symbolic link: not followed", path);
-    return kvc_fail_errno(KVCACHED_E_LEDGER, errno, "opening %s", path);
-  }
-
-  void *map = MAP_FAILED;
-  int err = check_or_create(path, fd);
-  if (err) goto fail;
-  map = mmap(NULL, sizeof(kvc_ledger_map), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (map == MAP_FAILED) {
-    err = kvc_fail_errno(KVCACHED_E_NOMEM, errno, "mapping %s", path);
-    goto fail;
-  }
-  if (madvise(map, sizeof(kvc_ledger_map), MADV_DONTFORK) != 0) {
-    err = kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "keeping %s out of children", path);
-    goto fail;
+  int err = open_file(path, O_CREAT, &fd);
+  if (err) return err;
+  err = check_or_create(path, fd);
+  if (!err) err = map_file(path, fd, map_out);
+  if (err) {
+    (void)close(fd);
+    return err;
   }
   *fd_out = fd;
-  *map_out = map;
   return KVCACHED_OK;
-
-fail:
-  if (map != MAP_FAILED) (void)munmap(map, sizeof(kvc_ledger_map));
-  (void)close(fd);
-  return err;
 }

@@ -8,13 +8,16 @@
 #include <sys/types.h>
 
 #define KVC_LEDGER_SLOTS 128
-#define KVC_LEDGER_MAGIC UINT64_C(0x31524744454c564b) /* "KVLEDGR1" in memory order on little-endian machines */
+#define KVC_LEDGER_MAGIC \
+  UINT64_C(0x31524744454c564b) /* "KVLEDGR1" in memory order on little-endian machines */
 #define KVC_LEDGER_VERSION 1u
 
-_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic uint64_t) == 8, "the ledger needs lock-free 64-bit atomics");
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic uint64_t) == 8,
+               "the ledger needs lock-free 64-bit atomics");
 
-/* One process's place. Written by whoever holds one of its locks, read by all; everything is a 64-bit atomic, so that
-   a reader sees each field whole. `gen` is odd while a taker fills the slot in: it counts for nothing then. */
+/* One process's place. Written by whoever holds one of its locks, read by all; everything is a 64-bit atomic,
+   so that a reader sees each field whole. `gen` is odd while a taker fills the slot in: it counts for nothing
+   then. */
 typedef struct kvc_ledger_slot {
   _Atomic uint64_t gen;      /* 0: never used */
   _Atomic uint64_t lease;    /* bytes set aside by the lessor */
@@ -42,12 +45,12 @@ _Static_assert(offsetof(kvc_ledger_map, slot) == 4096, "the header's size is par
 /* Bits of a slot's holds. */
 enum { KVC_HOLD_LESSOR = 1, KVC_HOLD_USER = 2, KVC_HOLD_BOTH = 3 };
 
-/* Opens the file at path, creating and filling it in when it is not there, checks it and maps it (not into children).
-   E_LEDGER, E_NOMEM. The caller closes *fd and unmaps *map. */
+/* Opens the file at path, creating and filling it in when it is not there, checks it and maps it (not into
+   children). E_LEDGER, E_NOMEM. The caller closes *fd and unmaps *map. */
 int kvc_ledger_file_open(const char *path, int *fd, kvc_ledger_map **map);
 
-/* Takes or drops holds of a slot for this open file, in one step. Taking: 1 when taken, 0 when another open file has
-   one of them, negative on error. Dropping: 0 or negative. */
+/* Takes or drops holds of a slot for this open file, in one step. Taking: 1 when taken, 0 when another open
+   file has one of them, negative on error. Dropping: 0 or negative. */
 int kvc_ledger_file_hold(int fd, int slot, int holds);
 int kvc_ledger_file_drop(int fd, int slot, int holds);
 

@@ -37,6 +37,7 @@ int kvc_slot_holders(struct kvcached_ledger *l, int slot);
 int kvc_slot_read(struct kvcached_ledger *l, int slot, kvc_slot_view *v);
 
 /* kvc_ledger_claim with the handle's mutex held. */
-int kvc_claim_locked(struct kvcached_ledger *l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit, uint64_t *excess);
+int kvc_claim_locked(struct kvcached_ledger *l, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
+                     uint64_t *excess);
 
 #endif

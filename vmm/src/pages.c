@@ -1,5 +1,5 @@
-/* Page states of a region. Scans go by eight pages where they can: a long context has millions of 4 KiB pages, and
-   most questions are asked of ranges that are in one state throughout. */
+/* Page states of a region. Scans go by eight pages where they can: a long context has millions of 4 KiB
+   pages, and most questions are asked of ranges that are in one state throughout. */
 #include "pages.h"
 
 #include <stdlib.h>
@@ -58,7 +58,8 @@ void kvc_pages_set(kvc_pages *pages, size_t first, size_t n, uint8_t state) {
   }
 }
 
-size_t kvc_pages_last_idle(const kvc_pages *pages, size_t end, size_t max, size_t skip_first, size_t skip_end, size_t *first) {
+size_t kvc_pages_last_idle(const kvc_pages *pages, size_t end, size_t max, size_t skip_first, size_t skip_end,
+                           size_t *first) {
   const uint8_t *s = pages->state;
   size_t i = end < pages->top ? end : pages->top;
   for (; i > 0; i--) {

@@ -26,8 +26,9 @@ void kvc_pages_count(const kvc_pages *pages, size_t first, size_t end, size_t co
 
 void kvc_pages_set(kvc_pages *pages, size_t first, size_t n, uint8_t state);
 
-/* The last idle run that ends at or before end, at most max pages of it (its upper ones), none of it in [skip_first, skip_end).
-   Returns its length, 0 when there is none; *first is its first page. */
-size_t kvc_pages_last_idle(const kvc_pages *pages, size_t end, size_t max, size_t skip_first, size_t skip_end, size_t *first);
+/* The last idle run that ends at or before end, at most max pages of it (its upper ones), none of it in
+   [skip_first, skip_end). Returns its length, 0 when there is none; *first is its first page. */
+size_t kvc_pages_last_idle(const kvc_pages *pages, size_t end, size_t max, size_t skip_first, size_t skip_end,
+                           size_t *first);
 
 #endif

@@ -1,8 +1,9 @@
 /*
  * Regions: which of their pages have memory.
  *
- * The rule that every function here keeps: bytes claimed = bytes of ensured and idle pages. A claim is made before memory is taken
- * and dropped after it is given back, so a process killed anywhere in between leaves nothing, and others never see less claimed than held.
+ * The rule that every function here keeps: bytes claimed = bytes of ensured and idle pages. A claim is made
+ * before memory is taken and dropped after it is given back, so a process killed anywhere in between leaves
+ * nothing, and others never see less claimed than held.
  */
 #include "context.h"
 
@@ -10,7 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Idle pages that may be taken: those of the context but [first, end) of one region (which is about to use them itself). */
+/* Idle pages that may be taken: those of the context but [first, end) of one region (which is about to use
+ * them itself). */
 typedef struct keep_range {
   const struct kvcached_region *region;
   size_t first, end;
@@ -31,7 +33,8 @@ static size_t idle_pages(const struct kvcached_ctx *ctx) {
   return n;
 }
 
-/* Takes the memory of up to `want` idle pages; their claim stays for the caller to drop or use. *got: how many. */
+/* Takes the memory of up to `want` idle pages; their claim stays for the caller to drop or use. *got: how
+ * many. */
 static int take_idle(struct kvcached_ctx *ctx, size_t want, keep_range keep, size_t *got) {
   *got = 0;
   for (struct kvcached_region *r = ctx->regions; r && *got < want; r = r->next) {
@@ -52,8 +55,8 @@ static int take_idle(struct kvcached_ctx *ctx, size_t want, keep_range keep, siz
   return KVCACHED_OK;
 }
 
-/* Claims memory for `need` pages; where the limit leaves less, the claim of idle pages elsewhere is used for the rest, and they lose
-   their memory. Nothing is taken from them unless that suffices. */
+/* Claims memory for `need` pages; where the limit leaves less, the claim of idle pages elsewhere is used for
+   the rest, and they lose their memory. Nothing is taken from them unless that suffices. */
 static int claim_pages(struct kvcached_ctx *ctx, size_t need, keep_range keep, size_t idle_elsewhere) {
   uint64_t page = ctx->page_size, excess;
   size_t take = 0; /* idle pages to use */
@@ -72,7 +75,8 @@ static int claim_pages(struct kvcached_ctx *ctx, size_t need, keep_range keep, s
 
     size_t got;
     err = take_idle(ctx, take, keep, &got);
-    /* The claims of `got` pages have no memory now, and `need` of all that is claimed is what the caller asked for. */
+    /* The claims of `got` pages have no memory now, and `need` of all that is claimed is what the caller
+     * asked for. */
     if (err)
       kvc_unclaim(ctx, (claimed + got) * page);
     else if (take > need)
@@ -82,8 +86,8 @@ static int claim_pages(struct kvcached_ctx *ctx, size_t need, keep_range keep, s
   }
 }
 
-/* Undoes the mapping of the runs of [first, end) that are still noted as unmapped. *stuck: pages that could not be unmapped, and are
-   idle now. */
+/* Undoes the mapping of the runs of [first, end) that are still noted as unmapped. *stuck: pages that could
+   not be unmapped, and are idle now. */
 static void unmap_new(struct kvcached_region *r, size_t first, size_t end, size_t *stuck) {
   size_t page = r->ctx->page_size, n;
   *stuck = 0;
@@ -96,7 +100,8 @@ static void unmap_new(struct kvcached_region *r, size_t first, size_t end, size_
   }
 }
 
-/* Memory under every unmapped page of [first, end), zeros in every idle one; states are the caller's to set. */
+/* Memory under every unmapped page of [first, end), zeros in every idle one; states are the caller's to set.
+ */
 static int fill_range(struct kvcached_region *r, size_t first, size_t end, size_t *stuck) {
   const kvc_backend *backend = r->ctx->backend;
   size_t page = r->ctx->page_size, n, i;
@@ -172,7 +177,8 @@ int kvcached_release(kvcached_region_t r, size_t off, size_t len) {
   int err = check_range(r, off, len);
   if (err) return err;
   struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / ctx->page_size + (off % ctx->page_size != 0), end = (off + len) / ctx->page_size, n, changed = 0;
+  size_t first = off / ctx->page_size + (off % ctx->page_size != 0), end = (off + len) / ctx->page_size, n,
+         changed = 0;
   (void)pthread_mutex_lock(&ctx->mutex);
   for (size_t i = first; i < end; i += n) {
     n = kvc_pages_run(&r->pages, i, end);
@@ -213,7 +219,8 @@ int kvcached_mapped_run(kvcached_region_t r, size_t off, size_t len, size_t *run
   size_t first = off / ctx->page_size, end = (off + len - 1) / ctx->page_size + 1, i;
   (void)pthread_mutex_lock(&ctx->mutex);
   *ensured = r->pages.state[first] == KVC_ENSURED;
-  for (i = first; i < end && (r->pages.state[i] == KVC_ENSURED) == *ensured;) i += kvc_pages_run(&r->pages, i, end);
+  for (i = first; i < end && (r->pages.state[i] == KVC_ENSURED) == *ensured;)
+    i += kvc_pages_run(&r->pages, i, end);
   (void)pthread_mutex_unlock(&ctx->mutex);
   *run = i == end ? len : i * ctx->page_size - off;
   return KVCACHED_OK;
@@ -227,13 +234,15 @@ int kvcached_reserve(kvcached_ctx_t ctx, size_t size, kvcached_region_t *out) {
   if (err) return err;
   size_t page = ctx->page_size;
   if (size == 0) return kvc_fail(KVCACHED_E_INVAL, "a region of 0 bytes");
-  if (size > SIZE_MAX - page) return kvc_fail(KVCACHED_E_NOMEM, "%zu bytes are more than there are addresses", size);
+  if (size > SIZE_MAX - page)
+    return kvc_fail(KVCACHED_E_NOMEM, "%zu bytes are more than there are addresses", size);
   size_t pages = (size + page - 1) / page;
 
   struct kvcached_region *r = calloc(1, sizeof(*r));
   if (!r) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a region");
   r->ctx = ctx;
-  /* The addresses first: a size that cannot be had is reported as that, rather than as the table for its pages. */
+  /* The addresses first: a size that cannot be had is reported as that, rather than as the table for its
+   * pages. */
   err = ctx->backend->reserve(pages * page, page, &r->space);
   if (err) goto fail;
   if (kvc_pages_init(&r->pages, pages) != 0) {
@@ -293,7 +302,8 @@ void kvc_region_add_stats(const struct kvcached_region *r, kvcached_stats_t *sum
 
 int kvcached_region_stats(kvcached_region_t r, kvcached_stats_t *out) {
   if (!r || !out) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", r ? "out" : "region");
-  if (out->struct_size < sizeof(out->struct_size)) return kvc_fail(KVCACHED_E_INVAL, "out->struct_size is %zu", out->struct_size);
+  if (out->struct_size < sizeof(out->struct_size))
+    return kvc_fail(KVCACHED_E_INVAL, "out->struct_size is %zu", out->struct_size);
   int err = kvc_check_process(r->ctx);
   if (err) return err;
   (void)pthread_mutex_lock(&r->ctx->mutex);
