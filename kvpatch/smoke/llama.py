@@ -231,6 +231,11 @@ def log_figures(text: str) -> tuple[tuple[smaps.Range, ...], int, int] | None:
     return ranges, mapped, logged
 
 
+def log_peak(text: str) -> int:
+    """The most bytes that a server ever logged as mapped."""
+    return max((int(m[1]) for m in _MAPPED.finditer(text)), default=0)
+
+
 def sample(server: Server, moment: str, cells: int, *, settle: float = _SETTLE_SECONDS) -> Sample | None:
     """Read the cache's memory now. The log is written by a thread of its own: up to `settle` seconds are
     allowed until its latest figure is what the kernel shows. Beyond that the two are returned as they

@@ -23,7 +23,7 @@ from kvpatch.smoke.llama import (
     Session,
     complete,
     first_difference,
-    log_figures,
+    log_peak,
     refused,
     run_session,
     sample,
@@ -321,27 +321,24 @@ def _limited(install: Install, config: Config, expected: Answer, folder: Path) -
     refused, the server lives on, and what is mapped never exceeds the limit."""
     limit = config.model.cache_bytes(config.cells) // 4
     elastic = Elastic(on=True, limit=f"{limit // 2**20}MiB")
-    mapped = 0
     with serve(server_spec(install, config, elastic, folder), folder) as server:
         for again in (False, True):
             if complete(server, _SHORT).tokens != expected.tokens:
-                raise server.failed(
-                    f"a short prompt is answered otherwise {'after a refusal' if again else 'under a limit'}"
-                )
+                when = "after a refusal" if again else "under a limit"
+                raise server.failed(f"a short prompt is answered otherwise {when}")
             if not again:
                 status, message = refused(server, _ASKS[2])
             now = sample(server, "limited", 0)
-            if now is None or max(now.mapped, now.usable) > limit:
+            if now is None or now.usable > limit:
                 raise server.failed(f"more than the limit of {limit} bytes is mapped: {now}")
-            mapped = max(mapped, now.mapped)
-        figures = log_figures(server.log_text())
-        if figures is None:
-            raise server.failed("no address range of an elastic cache in the log")
+        peak = log_peak(server.log_text())
+        if peak > limit:
+            raise server.failed(f"{peak} bytes were mapped, more than the limit of {limit}")
         if "limit" not in server.log_text().lower():
             raise server.failed("the log does not name the limit")
     return Outcome(
-        f"refused with status {status} ({message!r}); at most {mapped} of {limit} bytes mapped",
-        {"limit": limit, "mapped": mapped, "status": status},
+        f"refused with status {status} ({message!r}); at most {peak} of {limit} bytes mapped",
+        {"limit": limit, "peak": peak, "status": status},
     )
 
 

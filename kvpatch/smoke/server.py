@@ -310,6 +310,10 @@ def _listening_inodes(port: int) -> frozenset[str]:
 
 
 def _kill_marked(mark: str) -> None:
-    for pid in marked(mark):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    """Kill what is left, and wait until it is gone: a killed process takes a moment."""
+    deadline = time.monotonic() + _CRASH_SECONDS
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)

@@ -30,8 +30,8 @@ _SERVER = textwrap.dedent(
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/die":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            if self.path == "/hang":
+                os.kill(os.getpid(), signal.SIGSEGV)  # any thread may take it, and not at once
+            if self.path in ("/die", "/hang"):
                 time.sleep(600)
             echo = json.dumps({"path": self.path}).encode()
             body = {"/text": b"plain", "/list": b"[]"}.get(self.path, echo)

@@ -13,7 +13,7 @@ from kvpatch import demo
 from kvpatch.demo import DemoRow
 from kvpatch.smoke import llama_checks as checks
 from kvpatch.smoke import models, ollama_checks, smaps
-from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, log_figures
+from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, log_figures, log_peak
 from kvpatch.smoke.ollama_checks import Talk
 from kvpatch.smoke.report import CheckFailed, Outcome
 
@@ -161,6 +161,7 @@ def test_log_figures() -> None:
     figures = log_figures(text)
     assert figures is not None
     assert figures[1:] == (8192, 8192)
+    assert log_peak(text + "kvcached: mapped = 0 reserved = 8192\n") == 8192
 
 
 def _row(moment: str, mapped: int, equal: bool | None) -> DemoRow:
@@ -202,13 +203,16 @@ def test_demo_says_what_is_not_as_promised(
         assert says in problems[0]
 
 
-def test_demo_reads_a_stock_cache_by_what_is_surely_resident() -> None:
-    def mapping(size: int, rss: int, perms: str = "rw-p") -> smaps.Mapping:
-        return smaps.Mapping(start=0, end=size, perms=perms, name="", rss=rss, swap=0)
+def test_demo_reads_a_stock_cache_as_a_run_of_present_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapping(start: int, size: int, perms: str = "rw-p", name: str = "") -> smaps.Mapping:
+        return smaps.Mapping(start=start, end=start + size, perms=perms, name=name, rss=size, swap=0)
 
-    assert demo._held([mapping(_FULL, _FULL)], _FULL) == _FULL
-    assert demo._held([mapping(_FULL + 4096, _FULL)], _FULL) == _FULL - 4096
-    assert demo._held([mapping(_FULL, _FULL, "---p"), mapping(_FULL // 2, _FULL // 2)], _FULL) == 0
+    runs = {1: _FULL // 2, 2: _FULL + 4096, 3: 10 * _FULL, 4: 10 * _FULL, 5: _FULL // 4}
+    monkeypatch.setattr(smaps, "longest_present_run", lambda pid, m: runs[m.start])
+    wrong = [mapping(3, 2 * _FULL, "---p"), mapping(4, 2 * _FULL, name="/a/file"), mapping(5, _FULL // 4)]
+    assert demo._held(1, [*wrong, mapping(1, _FULL), mapping(2, 2 * _FULL)], _FULL) == _FULL
+    assert demo._held(1, [*wrong, mapping(1, _FULL)], _FULL) == _FULL // 2
+    assert demo._held(1, wrong, _FULL) == 0
 
 
 def _talk(**memory: int) -> Talk:

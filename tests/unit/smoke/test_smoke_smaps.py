@@ -72,11 +72,14 @@ def test_the_test_process_itself() -> None:
         for page in range(pages // 2):
             area[page * mmap.PAGESIZE] = 1
         after = smaps.usage(smaps.read(os.getpid()), [place])
+        whole = next(m for m in smaps.read(os.getpid()) if m.start <= place.start < m.end)
+        run = smaps.longest_present_run(os.getpid(), whole)
         del view
     assert before.usable == after.usable == place.size
     assert after.held_max >= pages // 2 * mmap.PAGESIZE
     assert after.held_min <= place.size
     assert after.held_max > before.held_min
+    assert run >= pages // 2 * mmap.PAGESIZE
 
 
 def test_a_process_that_has_ended() -> None:
