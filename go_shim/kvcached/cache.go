@@ -30,9 +30,6 @@ type KVCache struct {
 	slot int
 }
 
-// Need is what the cache was made for.
-func (c *KVCache) Need() Need { return c.need }
-
 // Allocate takes a lease of size bytes, to be called before the child is started; of these the weights count as held
 // outside the library. Over the limit it returns a *LimitError, and other failures of the ledger as they are; the child
 // must then not be started. A cache that holds a lease has to be freed first.

@@ -88,8 +88,9 @@ func TestRealLibraryManyLeases(t *testing.T) {
 
 func TestRealLibraryChild(t *testing.T) {
 	manager, _ := realManager(t, 10_000_000)
-	cache := manager.NewKVCache("/m/model", Need{Weights: 1_000_000, FirstStep: 4096})
-	if err := cache.Allocate(int(cache.Need().Total())); err != nil {
+	need := Need{Weights: 1_000_000, FirstStep: 4096}
+	cache := manager.NewKVCache("/m/model", need)
+	if err := cache.Allocate(int(need.Total())); err != nil {
 		t.Fatal(err)
 	}
 
