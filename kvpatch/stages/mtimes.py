@@ -11,9 +11,8 @@ import json
 import os
 from pathlib import Path
 
-import git
-
 from kvpatch import hashing
+from kvpatch.stages import worktree
 
 _RECORD = Path(".kvpatch") / "mtimes.json"
 
@@ -48,11 +47,11 @@ def restore(tree: Path) -> int:
 
 
 def _touched(tree: Path) -> set[str]:
-    repo = git.Repo(tree)
-    root = repo.git.rev_list("--max-parents=0", "HEAD").split()
-    names = set(repo.git.diff("--name-only", "-z", root[-1], "HEAD").split("\0")) if len(root) == 1 else set()
-    names |= set(repo.git.diff("--name-only", "-z", "HEAD").split("\0"))
-    names |= set(repo.git.ls_files("--others", "--exclude-standard", "-z").split("\0"))
-    repo.close()
+    git = worktree.git(tree)
+    names = set(worktree.changed(tree, "HEAD"))
+    roots = git.text("rev-list", "--max-parents=0", "HEAD").split()
+    if len(roots) == 1:
+        names.update(worktree.changed(tree, roots[0], "HEAD"))
+    names.update(git.text("ls-files", "--others", "--exclude-standard", "-z").split("\0"))
     names.discard("")
     return names

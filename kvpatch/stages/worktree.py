@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-import git
-
 from kvpatch.errors import SourceError
+from kvpatch.sources.git import Git
 
 _FINISHED = Path(".kvpatch") / "finished"
 _IDENTITY = {
@@ -16,9 +16,18 @@ _IDENTITY = {
     "GIT_COMMITTER_EMAIL": "kvpatch@localhost",
     "GIT_AUTHOR_DATE": "2000-01-01T00:00:00Z",
     "GIT_COMMITTER_DATE": "2000-01-01T00:00:00Z",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_CONFIG_NOSYSTEM": "1",
 }
+
+
+def git(tree: Path, *, env: Mapping[str, str] | None = None) -> Git:
+    """git on this tree and no other: a GIT_DIR meant for the caller's shell (in a hook, say) has no say in it."""
+    return Git(tree / ".git", work_tree=tree, env=env)
+
+
+def changed(tree: Path, *revisions: str) -> list[str]:
+    """Tracked files that differ between revisions, or between one and the files on disk."""
+    names = git(tree).text("diff", "--name-only", "-z", *revisions).split("\0")
+    return [name for name in names if name]
 
 
 def mark_finished(tree: Path) -> None:
@@ -37,9 +46,7 @@ def refuse_edits(tree: Path) -> None:
     """Raise SourceError when tracked files of a finished tree were edited: fetching would overwrite them."""
     if not (tree / _FINISHED).is_file():
         return
-    repo = git.Repo(tree)
-    edited = [name for name in repo.git.diff("--name-only", "-z", "HEAD").split("\0") if name]
-    repo.close()
+    edited = changed(tree, "HEAD")
     if edited:
         raise SourceError(
             f"{len(edited)} files in {tree} were edited by hand and would be overwritten: {', '.join(edited[:5])}",
@@ -49,11 +56,8 @@ def refuse_edits(tree: Path) -> None:
 
 def commit_all(tree: Path, message: str) -> str:
     """Commit every change in the tree, with fixed author and date so that the id depends on content alone."""
-    repo = git.Repo(tree)
-    with repo.git.custom_environment(**_IDENTITY):
-        repo.git.add("--all", "--", ".")
-        if repo.git.diff("--cached", "--name-only"):
-            repo.git.commit("--quiet", "--no-verify", "--no-gpg-sign", "-m", message)
-    commit = str(repo.git.rev_parse("HEAD"))
-    repo.close()
-    return commit
+    repo = git(tree, env=_IDENTITY)
+    repo.run("add", "--all", "--", ".")
+    if repo.text("diff", "--cached", "--name-only"):
+        repo.run("commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message)
+    return repo.text("rev-parse", "HEAD")

@@ -470,3 +470,17 @@ def test_doctor_names_what_is_missing(
     status = {f["name"].split()[0]: f["status"] for f in error["data"]["findings"]}
     assert status["cmake"] == "index"
     assert status["git"] == "missing"
+
+
+def test_a_machine_without_git_is_told_so(cache: Path, tmp_path: Path) -> None:
+    # In a process of its own: GitPython looks for git when it is first imported.
+    env = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpatch", "doctor", "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "apt-get install git" in json.loads(done.stdout)["errors"][0]["hint"]
