@@ -149,7 +149,8 @@ def server_spec(install: Install, config: Config, elastic: Elastic, folder: Path
         name=f"llama-server-{'on' if elastic.on else 'off'}",
         argv=argv,
         ready_path="/health",
-        env=lambda port: elastic.env(),
+        # A ledger of its own: the user's, with the models of running servers in it, is not for tests.
+        env=lambda port: {"KVCACHED_LEDGER": str(folder / "ledger"), **elastic.env()},
     )
 
 
