@@ -2,7 +2,7 @@
 
 Argument vectors, never shell strings; an environment of our own making (no ``GIT_*``, no ``LD_*``: a variable meant
 for the caller's shell must not steer a build); output goes to a log file and, on failure, its last lines into the
-exception. Children run in their own process group so that Ctrl-C, which we receive first, ends the whole tree.
+exception. Each child leads a session of its own, so that Ctrl-C reaches us alone and we can end the whole tree.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 _DROPPED_PREFIXES = ("GIT_", "LD_", "PYTHON", "OLLAMA_", "KVCACHED_", "LLAMA_", "GGML_", "CMAKE_")
+_DROPPED = frozenset(
+    {"CGO_ENABLED", "DESTDIR", "GOARCH", "GOEXPERIMENT", "GOOS", "MAKEFLAGS", "MAKELEVEL", "NINJA_STATUS"}
+)
 _KEPT = frozenset({"PYTHONHASHSEED"})
 _TAIL_LINES = 25
 _GRACE_SECONDS = 5.0
@@ -46,7 +50,11 @@ class Completed:
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The caller's environment without variables that would change what a build does, plus `extra`."""
-    env = {k: v for k, v in os.environ.items() if k in _KEPT or not k.startswith(_DROPPED_PREFIXES)}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k in _KEPT or not (k in _DROPPED or k.startswith(_DROPPED_PREFIXES))
+    }
     env["LC_ALL"] = "C.UTF-8"
     env.update(extra or {})
     return env
@@ -117,7 +125,7 @@ def start(
     merge_stderr: bool = True,
     output: Path | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a program and give the handle to the block; at its end the program's whole group is ended.
+    """Start a program and give the handle to the block; at its end it and all it started are ended.
 
     With `output`, both streams are appended to that file and the handle has no pipes. Raises ProcessFailure when the
     program cannot be started.
@@ -154,14 +162,16 @@ def start(
 
 
 def end(child: subprocess.Popen[str], *, grace: float = _GRACE_SECONDS) -> None:
-    """End a program and everything in its group: SIGTERM, after `grace` seconds SIGKILL. Safe to repeat."""
-    if child.poll() is None:
-        _signal_group(child, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=grace)
-    # Even when the leader is gone its descendants may live on in the group.
-    _signal_group(child, signal.SIGKILL)
-    child.wait()
+    """End a program and everything it started: SIGTERM, after `grace` seconds SIGKILL. Safe to repeat."""
+    try:
+        if child.poll() is None:
+            _signal_group(child, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=grace)
+    finally:
+        # Also when a second Ctrl-C cuts the wait short, and when the leader is gone but its descendants are not.
+        _kill_session(child.pid)
+        child.wait()
 
 
 def _expire(child: subprocess.Popen[str], expired: threading.Event) -> None:
@@ -172,6 +182,30 @@ def _expire(child: subprocess.Popen[str], expired: threading.Event) -> None:
 def _signal_group(child: subprocess.Popen[str], number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)
+
+
+def _kill_session(session: int) -> None:
+    # Not only the group: ninja gives each of its commands a group of its own, but none leaves the session. A member
+    # may start another while we look, hence again until there is none.
+    for _ in range(100):
+        members = _members(session)
+        if not members:
+            return
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _members(session: int) -> list[int]:
+    """Live processes of a session, by the sixth field of proc(5)'s stat."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if fields[0] not in "ZX" and int(fields[3]) == session:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _tail(lines: Sequence[str]) -> str:

@@ -68,8 +68,10 @@ def test_variables_that_would_steer_a_build_are_dropped(monkeypatch: pytest.Monk
     monkeypatch.setenv("GIT_DIR", "/elsewhere")
     monkeypatch.setenv("LD_PRELOAD_X", "x.so")
     monkeypatch.setenv("OLLAMA_HOST", "example")
+    monkeypatch.setenv("CGO_ENABLED", "0")
+    monkeypatch.setenv("DESTDIR", "/elsewhere")
     monkeypatch.setenv("KEEP_ME", "1")
-    names = ("GIT_DIR", "LD_PRELOAD_X", "OLLAMA_HOST", "KEEP_ME", "MINE")
+    names = ("GIT_DIR", "LD_PRELOAD_X", "OLLAMA_HOST", "CGO_ENABLED", "DESTDIR", "KEEP_ME", "MINE")
     code = f"import os; print(*sorted(k for k in os.environ if k in {names!r}))"
     assert process.run([sys.executable, "-c", code], env={"MINE": "1"}).stdout.split() == ["KEEP_ME", "MINE"]
 
@@ -84,6 +86,31 @@ def test_a_timeout_ends_the_whole_group(tmp_path: Path) -> None:
         process.run([sys.executable, "-c", code], timeout=1.0)
     grandchild = int(pid_file.read_text(encoding="utf-8"))
     assert wait_for(lambda: not alive(grandchild))
+
+
+def test_impatience_leaves_no_child_either(tmp_path: Path) -> None:
+    """A second Ctrl-C while the first one waits; the grandchild is in a group of its own, as under ninja."""
+    pid_file = tmp_path / "pid"
+    grandchild = "import os, time; os.setpgid(0, 0); print(os.getpid(), flush=True); time.sleep(60)"
+    child = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"p = subprocess.Popen([sys.executable, '-c', {grandchild!r}], stdout=open({str(pid_file)!r}, 'w'));"
+        "p.wait()"
+    )
+    main = f"import sys; from kvpatch import process; process.run([sys.executable, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", main], stderr=subprocess.DEVNULL)
+    try:
+        assert wait_for(lambda: pid_file.is_file() and pid_file.read_text(encoding="utf-8").strip())
+        pid = int(pid_file.read_text(encoding="utf-8"))
+        os.kill(parent.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert parent.poll() is None, "still in its grace period"
+        os.kill(parent.pid, signal.SIGINT)
+        parent.wait(timeout=4)
+        assert wait_for(lambda: not alive(pid))
+    finally:
+        parent.kill()
+        parent.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
