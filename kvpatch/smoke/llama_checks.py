@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -346,12 +346,7 @@ def _bad_value(install: Install, config: Config, folder: Path) -> Outcome:
     """A switch that is neither on nor off ends the server with a message that names the variable."""
     name = "OLLAMA_KVCACHED_ENABLED"
     spec = server_spec(install, config, ON, folder)
-    bad = type(spec)(
-        name="llama-server-bad-value",
-        argv=spec.argv,
-        ready_path=spec.ready_path,
-        env=lambda port: {name: "perhaps"},
-    )
+    bad = replace(spec, name="llama-server-bad-value", env=lambda port: {name: "perhaps"})
     status, text = start_and_wait_end(bad, folder, seconds=20.0)
     saying = [line for line in text.splitlines() if name in line]
     if status <= 0 or not saying:
