@@ -203,7 +203,11 @@ def _demo(
     report = demo.run(build, workdir=cache / "demo" / "run", progress=screen.note)
     if not report.ok:
         screen.show(*tables.demo(report))
-        raise SmokeError("the elastic server does not behave as it must", data={"report": report.to_json()})
+        raise SmokeError(
+            "the elastic server does not behave as it must:\n" + "\n".join(report.problems),
+            hint=f"logs are in {cache / 'demo' / 'run'}",
+            data={"report": report.to_json()},
+        )
     screen.result({"report": report.to_json()}, *tables.demo(report))
 
 
