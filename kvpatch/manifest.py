@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpatch import hashing
+from kvpatch import hashing, paths
 from kvpatch.errors import VerifyError
 from kvpatch.plan import Plan
-from kvpatch.stages.output import MANIFEST, describe
+from kvpatch.stages.output import MANIFEST, names
 
 SCHEMA = 1
 
@@ -49,9 +49,7 @@ def build(plan: Plan, values: Mapping[str, dict[str, Any]], flags: Mapping[str, 
 def write(manifest: Mapping[str, Any], out: Path) -> Path:
     """Write the manifest into the folder `out`, all at once."""
     path = out / MANIFEST
-    part = out / f".{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    paths.write_whole(path, json.dumps(manifest, indent=2) + "\n")
     return path
 
 
@@ -77,18 +75,26 @@ def read(out: Path) -> dict[str, Any]:
 def verify(out: Path) -> Verification:
     """Hash every file of the folder again. Raises VerifyError that names each file changed, missing or unknown."""
     manifest = read(out)
-    expected = {row["path"]: row for row in manifest["artifacts"]}
+    try:
+        expected = {row["path"]: row for row in manifest["artifacts"]}
+        sums = {name: row.get("link") or row["sha256"] for name, row in expected.items()}
+        smoked = None if manifest["smoke"] is None else bool(manifest["smoke"]["ok"])
+        str(manifest["label"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise VerifyError(
+            f"{out / MANIFEST} is damaged: {error!r}", hint="build again, or take a fresh copy"
+        ) from error
     problems = []
     for name, row in expected.items():
         path = out / name
         if "link" in row:
-            if not path.is_symlink() or str(path.readlink()) != row["link"]:
-                problems.append(f"{name}: is not a link to {row['link']}")
+            if not path.is_symlink() or str(path.readlink()) != sums[name]:
+                problems.append(f"{name}: is not a link to {sums[name]}")
         elif path.is_symlink() or not path.is_file():
             problems.append(f"{name}: missing")
-        elif hashing.of_file(path) != row["sha256"]:
+        elif hashing.of_file(path) != sums[name]:
             problems.append(f"{name}: changed")
-    present = {row["path"] for row in describe(out)}
+    present = set(names(out))
     problems.extend(f"{name}: not in the manifest" for name in sorted(present - set(expected)))
     if problems:
         raise VerifyError(
@@ -96,7 +102,4 @@ def verify(out: Path) -> Verification:
             hint="build again, or take a fresh copy",
             data={"problems": problems},
         )
-    smoke = manifest["smoke"]
-    return Verification(
-        manifest=manifest, checked=len(expected), smoked=None if smoke is None else bool(smoke["ok"])
-    )
+    return Verification(manifest=manifest, checked=len(expected), smoked=smoked)

@@ -27,6 +27,17 @@ def data_dir() -> Path:
     )
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file at once, with its folder: a reader, or a run after a crash, finds it old or new and never torn.
+
+    Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def cache_root(override: Path | None = None) -> Path:
     """The cache: `override` (--cache-dir), else $KVPATCH_CACHE, else the platform's cache folder."""
     if override is not None:

@@ -62,10 +62,8 @@ def inputs(context: Context) -> dict[str, object]:
 
 
 def run(context: Context) -> Value:
-    """Compile, stage, and put the result in the plan's `out`. Raises CompileError with the last lines of the log."""
+    """Compile, and stage the result. Raises CompileError with the last lines of the log."""
     plan = context.plan
-    output.check_replaceable(plan.out)
-    context.log("compile").unlink(missing_ok=True)
     shutil.rmtree(context.staging_dir, ignore_errors=True)
     try:
         if plan.ollama is not None:
@@ -84,7 +82,6 @@ def run(context: Context) -> Value:
     artifacts = output.describe(context.staging_dir)
     if not artifacts:
         raise CompileError(f"the build of {plan.name} left nothing in {context.staging_dir}")
-    output.replace(context.staging_dir, plan.out)
     return {"artifacts": artifacts, "out": str(plan.out)}
 
 
@@ -216,7 +213,8 @@ def _cmake(context: Context, argv: list[str | Path]) -> None:
     def on_line(line: str) -> None:
         step = _STEP.match(line)
         if step:
-            context.detail("compile", f"{step.group(1)} of {step.group(2)}")
+            # Not as a detail: the log has the whole line already.
+            context.events.stage_detail("compile", f"{step.group(1)} of {step.group(2)}")
 
     process.run(argv, env=environment(context), log=context.log("compile"), on_line=on_line)
 

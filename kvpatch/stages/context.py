@@ -52,4 +52,13 @@ class Context:
         return self.plan.workspace / "logs" / f"{stage}.log"
 
     def detail(self, stage: str, text: str) -> None:
+        """Say what a stage is at, to the listener and in its log."""
+        self.write_log(stage, text)
         self.events.stage_detail(stage, text)
+
+    def write_log(self, stage: str, text: str) -> None:
+        """Add lines to the log of a stage. Raises OSError."""
+        path = self.log(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", errors="replace") as log:
+            log.write(text.rstrip("\n") + "\n")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvpatch import __version__, generate
+from kvpatch import __version__, generate, paths
 from kvpatch.stages import mtimes, worktree
 from kvpatch.stages.context import Context, Value
 
@@ -53,8 +53,11 @@ def _announce(tree: Path, names: list[str]) -> None:
     before would neither compile a new file nor miss a removed one. A newer CMakeLists.txt makes ninja configure again.
     """
     record = tree / ".kvpatch" / "generated.json"
-    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
-    for name in set(before).symmetric_difference(names):
+    try:
+        before = set(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        before = set()  # absent or damaged: then everything is taken for new
+    for name in before.symmetric_difference(names):
         for folder in (tree / name).parents:
             listing = folder / "CMakeLists.txt"
             if listing.is_file():
@@ -62,5 +65,4 @@ def _announce(tree: Path, names: list[str]) -> None:
                 break
             if folder == tree:
                 break
-    record.parent.mkdir(exist_ok=True)
-    record.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    paths.write_whole(record, json.dumps(sorted(names)))

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from kvpatch import hashing
+from kvpatch import hashing, paths
 from kvpatch.stages import worktree
 
 _RECORD = Path(".kvpatch") / "mtimes.json"
@@ -22,13 +22,12 @@ def record(tree: Path) -> None:
     if not (tree / ".git").exists():
         return
     path = tree / _RECORD
-    known: dict[str, list[object]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = _load(path)
     for name in _touched(tree):
         file = tree / name
         if file.is_file() and not file.is_symlink():
-            known.setdefault(name, [hashing.of_file(file), file.stat().st_mtime_ns])
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(known), encoding="utf-8")
+            known.setdefault(name, (hashing.of_file(file), file.stat().st_mtime_ns))
+    paths.write_whole(path, json.dumps(known))
 
 
 def restore(tree: Path) -> int:
@@ -37,13 +36,22 @@ def restore(tree: Path) -> int:
     if not path.is_file():
         return 0
     kept = 0
-    for name, (digest, mtime) in json.loads(path.read_text(encoding="utf-8")).items():
+    for name, (digest, mtime) in _load(path).items():
         file = tree / name
         if file.is_file() and hashing.of_file(file) == digest:
             os.utime(file, ns=(file.stat().st_atime_ns, mtime))
             kept += 1
     path.unlink()
     return kept
+
+
+def _load(path: Path) -> dict[str, tuple[str, int]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): (str(digest), int(mtime)) for name, (digest, mtime) in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        # Absent or damaged: then files are newer than they need be, and more is compiled.
+        return {}
 
 
 def _touched(tree: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ from kvpatch import hashing
 from kvpatch.errors import CompileError, UsageError
 
 MANIFEST = "kvpatch.json"
+# The second is what a crash may leave of writing the first.
+_OWN = (MANIFEST, f".{MANIFEST}.part")
+
+
+def names(root: Path) -> list[str]:
+    """Every file and link below `root` but the manifest, sorted."""
+    found = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for name in found if name not in _OWN)
 
 
 def describe(root: Path) -> list[dict[str, Any]]:
     """Every file and link below `root`, sorted: path, size in bytes and sha256, or the link's target."""
     rows: list[dict[str, Any]] = []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if name == MANIFEST:
-            continue
+    for name in names(root):
+        path = root / name
         if path.is_symlink():
             rows.append({"path": name, "link": str(path.readlink())})
         elif path.is_file():
@@ -51,21 +58,30 @@ def unchanged(root: Path, artifacts: list[dict[str, Any]]) -> bool:
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise UsageError unless `out` is absent, empty, or an earlier build of ours."""
+    """Raise UsageError unless `out` is absent, empty, or an earlier build of ours with nothing added."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out} is not a folder", hint="name another folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        ours = {row["path"] for row in manifest["artifacts"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    foreign = [name for name in names(out) if name not in ours]
+    if foreign:
         raise UsageError(
-            f"--out {out} holds files that are not from kvpatch (no {MANIFEST}); they would be lost",
-            hint="name an empty or new folder",
+            f"--out {out} holds {len(foreign)} files that are not from kvpatch; they would be lost: "
+            + ", ".join(foreign[:5]),
+            hint="move them away, or name an empty or new folder",
         )
 
 
 def replace(staging: Path, out: Path) -> None:
     """Put a copy of `staging` where `out` is; an older build stays in place until the copy is complete.
 
-    Raises CompileError when the copy cannot be made; `out` is then as it was.
+    Raises UsageError when files of somebody else are there, CompileError when the copy cannot be made; `out` is then
+    as it was.
     """
+    check_replaceable(out)
     fresh = out.with_name(f".{out.name}.new")
     old = out.with_name(f".{out.name}.old")
     try:

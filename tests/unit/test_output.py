@@ -59,6 +59,13 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     output.check_replaceable(tmp_path / "absent")
 
 
+def test_a_file_that_was_put_into_a_build_is_not_lost(built: Path, staging: Path) -> None:
+    (built / "bin" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"1 files .* bin/notes\.txt"):
+        output.replace(staging, built)
+    assert (built / "bin" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
 def test_a_failed_copy_leaves_the_old_build(
     built: Path, staging: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,4 +121,7 @@ def test_verify_needs_a_manifest(tmp_path: Path) -> None:
         manifest.verify(tmp_path)
     (tmp_path / "kvpatch.json").write_text('{"schema": 99}', encoding="utf-8")
     with pytest.raises(VerifyError, match="not a manifest"):
+        manifest.verify(tmp_path)
+    (tmp_path / "kvpatch.json").write_text('{"schema": 1, "artifacts": [{}]}', encoding="utf-8")
+    with pytest.raises(VerifyError, match="is damaged"):
         manifest.verify(tmp_path)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from kvpatch import pipeline
-from kvpatch.errors import CompileError, UsageError
+from kvpatch.errors import CompileError, KvpatchError, UsageError
 from kvpatch.events import Silent
 from kvpatch.plan import Plan
 from kvpatch.stages.context import Context
@@ -165,3 +168,83 @@ def test_a_torn_state_file_means_doing_it_again(world: World, make_plan: MakePla
     world.ran.clear()
     pipeline.run(plan, Silent())
     assert world.ran == ALL
+
+
+def test_trees_that_another_variant_used_since_are_not_taken_for_ours(
+    world: World, make_plan: MakePlan
+) -> None:
+    pipeline.run(make_plan(), Silent())
+    pipeline.run(make_plan(stock=True), Silent(), last="generate")
+    world.ran.clear()
+    with pytest.raises(UsageError, match="used the trees since"):
+        pipeline.run(make_plan(), Silent(), first="compile")
+    assert world.ran == []
+    assert [s.fresh for s in pipeline.steps(make_plan(), Silent(), last="generate")] == [False] * 3
+    pipeline.run(make_plan(), Silent(), last="generate")
+    assert world.ran == ["fetch", "apply", "generate"]
+    world.ran.clear()
+    pipeline.run(make_plan(), Silent(), last="generate")
+    pipeline.run(make_plan(), Silent(), last="fetch")
+    assert world.ran == []
+
+
+def test_from_apply_starts_from_upstream_s_trees(world: World, make_plan: MakePlan) -> None:
+    pipeline.run(make_plan(), Silent())
+    world.ran.clear()
+    pipeline.run(make_plan(), Silent(), first="apply", last="generate")
+    assert world.ran == ["fetch", "apply", "generate"]
+
+
+def test_a_folder_of_somebody_else_is_refused_before_anything_runs(world: World, make_plan: MakePlan) -> None:
+    plan = make_plan()
+    plan.out.mkdir()
+    (plan.out / "cat.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"cat\.jpg"):
+        pipeline.run(plan, Silent())
+    assert world.ran == []
+    pipeline.run(plan, Silent(), last="generate")
+
+
+@pytest.mark.parametrize(("stage", "code"), [("fetch", 4), ("apply", 5), ("generate", 6), ("compile", 7)])
+def test_a_full_disk_is_no_bug(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, stage: str, code: int
+) -> None:
+    def full(context: Context) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+
+    def fine(context: Context) -> dict[str, Any]:
+        return {}
+
+    stages = tuple(replace(s, run=full if s.name == stage else fine) for s in pipeline.STAGES)
+    monkeypatch.setattr(pipeline, "STAGES", stages)
+    plan = make_plan()
+    with pytest.raises(KvpatchError, match="No space left on device: /somewhere") as caught:
+        pipeline.run(plan, Silent(), last="compile")
+    assert caught.value.exit_code == code
+    assert caught.value.hint
+
+
+def test_every_stage_has_a_log_with_its_details_and_its_error(make_plan: MakePlan, world: World) -> None:
+    plan = make_plan()
+    Context(plan=plan, events=Silent()).detail("smoke", "from an earlier run")
+    world.fail = "smoke"
+    with pytest.raises(CompileError):
+        pipeline.run(plan, Silent())
+    assert (plan.workspace / "logs" / "smoke.log").read_text(encoding="utf-8") == "error: smoke broke\n"
+
+
+def test_a_second_build_says_that_it_waits(make_plan: MakePlan, world: World) -> None:
+    plan = make_plan()
+    said: list[str] = []
+    lock = FileLock(plan.workspace / "lock")
+
+    class Listener(Silent):
+        def warning(self, text: str) -> None:
+            said.append(text)
+            lock.release()
+
+    plan.workspace.mkdir(parents=True)
+    lock.acquire()
+    pipeline.run(plan, Listener())
+    assert world.ran == ALL
+    assert "waiting" in said[0]
