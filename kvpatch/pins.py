@@ -95,9 +95,15 @@ class Pins:
             if build.build == ref:
                 return build.date
         for sdist in self.sdists:
-            if ref.startswith(sdist.commit) or sdist.commit.startswith(ref):
+            if same_commit(ref, sdist.commit):
                 return sdist.date
         return None
+
+
+def same_commit(one: str, other: str) -> bool:
+    """Whether two commit ids, either of them shortened to no less than nine digits, name one commit."""
+    shorter = min(len(one), len(other))
+    return shorter >= 9 and one[:shorter] == other[:shorter]
 
 
 def version_key(tag: str) -> Version:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvpatch import __version__, hashing, paths, pins, toolchain
-from kvpatch.errors import SourceError, UsageError
+from kvpatch.errors import PatchError, SourceError, UsageError
 from kvpatch.patching import Patch, load_series
 from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 
@@ -146,6 +146,8 @@ def make(request: Request, *, progress: Progress) -> Plan:
     cache = paths.cache_root(request.cache)
     store = Store(cache / "sources")
     _check(request)
+    if request.llama_cpp is None and request.ollama_source is None:
+        known.release(request.ollama or known.default_ollama)
     # Before anything is fetched: a missing compiler should not be found out after minutes of download.
     needed = toolchain.OLLAMA if request.llama_cpp is None else toolchain.LLAMA_CPP
     tools = tuple(toolchain.ensure(requirement, cache / "tools", progress=progress) for requirement in needed)
@@ -191,11 +193,27 @@ def make(request: Request, *, progress: Progress) -> Plan:
         return plan
     return replace(
         plan,
-        llama_cpp_patches=load_series(data / "patches" / "llama.cpp").select(date),
+        llama_cpp_patches=_select(
+            data / "patches" / "llama.cpp", date, f"llama.cpp {llama_cpp.ref} ({date})"
+        ),
         ollama_patches=()
         if release is None
-        else load_series(data / "patches" / "ollama" / "llama-server").select(release.semver),
+        else _select(
+            data / "patches" / "ollama" / "llama-server", release.semver, f"Ollama {release.version}"
+        ),
     )
+
+
+def _select(folder: Path, target: str, shown: str) -> tuple[Patch, ...]:
+    # Without call sites it would be stock under another name; half of them (Ollama's alone) are worse than none.
+    patches = load_series(folder).select(target)
+    if not patches:
+        raise PatchError(
+            f"no patch in {folder} is for {shown}, so the build would not be elastic",
+            hint="choose a release or llama.cpp that the series is for (`kvpatch versions`; for llama.cpp, "
+            "`--llama-cpp-source sdist --allow-pin-mismatch`), or build it unpatched with --stock",
+        )
+    return patches
 
 
 def _check(request: Request) -> None:
@@ -250,7 +268,7 @@ def _llama_cpp(
     progress: Progress,
 ) -> Resolved:
     spec = request.llama_cpp_source
-    listed = [s for s in known.sdists if ref in (s.version, SDIST) or _same_commit(s.commit, ref)]
+    listed = [s for s in known.sdists if ref in (s.version, SDIST) or pins.same_commit(s.commit, ref)]
     if spec is None and request.llama_cpp is not None and listed:
         spec = SDIST
     if spec is not None and spec.split(":", 1)[0] == SDIST:
@@ -276,7 +294,7 @@ def _pin_status(
     if llama_cpp.kind in ("git", "mirror") and llama_cpp.ref == release.llama_cpp:
         return "pinned", ()
     shown = f"llama.cpp {llama_cpp.commit[:9]} ({llama_cpp.kind})"
-    if any(_same_commit(llama_cpp.commit, commit) for commit in release.verified_with):
+    if any(pins.same_commit(llama_cpp.commit, commit) for commit in release.verified_with):
         return "verified", (
             f"{shown} is not {release.llama_cpp}, which Ollama {release.version} pins, but is verified with it",
         )
@@ -289,8 +307,3 @@ def _pin_status(
         + (f" ({', '.join(release.verified_with)})" if release.verified_with else ""),
         hint="give the pinned llama.cpp by --llama-cpp-source, or accept this one with --allow-pin-mismatch",
     )
-
-
-def _same_commit(one: str, other: str) -> bool:
-    shorter = min(len(one), len(other))
-    return shorter >= 9 and one[:shorter] == other[:shorter]

@@ -34,7 +34,10 @@ def run(argv: list[str]) -> int:
     screen = output.Screen(json_mode="--json" in argv, command=output.command_name(argv))
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        returned = get_command(app).main(args=argv, prog_name="kvpatch", standalone_mode=False, obj=screen)
+        with screen.parsing():
+            returned = get_command(app).main(
+                args=argv, prog_name="kvpatch", standalone_mode=False, obj=screen
+            )
         code = returned if isinstance(returned, int) else 0
         # Ctrl-C inside a command reaches us in this form: typer makes an exit of its own out of it.
         if code == INTERRUPTED:

@@ -11,7 +11,7 @@ from rich.table import Table
 from kvpatch import __version__, bench, demo, doctor, lock, manifest, paths, pins, pipeline, plan, smoke
 from kvpatch.cli import options, tables
 from kvpatch.cli.output import Screen
-from kvpatch.errors import SmokeError
+from kvpatch.errors import SmokeError, UsageError
 
 app = typer.Typer(
     name="kvpatch",
@@ -102,6 +102,11 @@ def _staged(last: str | None, text: str) -> None:
         json_output: options.JsonOption = False,
     ) -> None:
         del json_output  # read from the arguments before parsing, so that a usage error is JSON too
+        if last is not None and until is not None:
+            raise UsageError(
+                f"`kvpatch {last}` stops after {last} by itself, so --until {until} has no meaning",
+                hint=f"kvpatch build --until {until}",
+            )
         request = plan.Request(
             out=out,
             ollama=ollama,
@@ -184,13 +189,16 @@ def _demo(
     del json_output
     screen: Screen = context.obj
     cache = paths.cache_root(cache_dir)
+    known = pins.load(paths.data_dir() / "patches" / "pins.toml")
+    # The same llama.cpp from wherever it is to come.
+    from_sdist = llama_cpp_source is None or llama_cpp_source.partition(":")[0] == plan.SDIST
 
     def build(stock: bool) -> smoke.Install:
         name = "stock" if stock else "elastic"
         screen.note(f"{name} llama-server")
         request = plan.Request(
             out=cache / "demo" / name,
-            llama_cpp=plan.SDIST,
+            llama_cpp=plan.SDIST if from_sdist else known.sdist().commit,
             llama_cpp_source=llama_cpp_source,
             stock=stock,
             jobs=jobs,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 
-from kvpatch.cli.progress import CiLines, LiveRows, PlainLines
+from kvpatch.cli.progress import CiLines, LiveRows, PlainLines, annotation
 from kvpatch.errors import KvpatchError
 from kvpatch.events import Events
 
@@ -23,8 +26,9 @@ ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__
 
 
 def command_name(argv: Sequence[str]) -> str:
-    """The command in an argument list, for the envelope: the first word that is no option."""
-    return next((word for word in argv if not word.startswith("-")), "kvpatch")
+    """The command in an argument list, for the envelope: the first word that is no option, of `bench` the next too."""
+    words = [word for word in argv if not word.startswith("-")]
+    return " ".join(words[: 2 if words[:1] == ["bench"] else 1]) or "kvpatch"
 
 
 class Screen:
@@ -33,11 +37,13 @@ class Screen:
     def __init__(self, *, json_mode: bool, command: str) -> None:
         self.json_mode = json_mode
         self.command = command
+        self._stdout = sys.stdout
         # Without a terminal there is no width to fit: a table cut at 80 columns helps nobody who reads a log.
-        self._out = Console(highlight=False, soft_wrap=True)
+        # No emoji: ":100:" in a compiler's message is a line number.
+        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
         if not self._out.is_terminal:
-            self._out = Console(highlight=False, soft_wrap=True, width=_LOG_COLUMNS)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+            self._out = Console(highlight=False, soft_wrap=True, emoji=False, width=_LOG_COLUMNS)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def events(self) -> Events:
         """A listener for a running build: live rows on a terminal, folds in CI, plain lines elsewhere."""
@@ -63,6 +69,17 @@ class Screen:
         """A line of progress outside a stage."""
         self._err.print(text, markup=False)
 
+    @contextlib.contextmanager
+    def parsing(self) -> Iterator[None]:
+        """With --json, what the parser prints by itself (help) becomes an envelope too."""
+        if not self.json_mode:
+            yield
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            yield
+        if printed.getvalue():
+            self._envelope("ok", 0, {"text": printed.getvalue()}, [])
+
     def failure(self, error: KvpatchError) -> int:
         """Render an expected failure; returns its exit code."""
         if self.json_mode:
@@ -76,6 +93,9 @@ class Screen:
         context = getattr(error, "ctx", None)
         message = str(error.format_message())  # type: ignore[attr-defined]
         hint = f"{context.command_path} --help" if context is not None else "kvpatch --help"
+        if type(error).__name__ == "NoArgsIsHelpError":
+            self._err.print(Text(message))
+            message = "no command was given"
         if self.json_mode:
             entry = {"code": "usage", "message": message, "hint": hint, "data": {}}
             self._envelope("error", 2, {}, [entry])
@@ -105,12 +125,13 @@ class Screen:
         return exit_code
 
     def _error_lines(self, message: str, hint: str | None) -> None:
-        self._err.print(f"[bold red]error:[/] {_escape(message)}")
+        self._err.print(Text.assemble(("error: ", "bold red"), message))
         if hint:
-            self._err.print(f"[bold]next:[/] {_escape(hint)}")
+            self._err.print(Text.assemble(("next: ", "bold"), hint))
         if os.environ.get("GITHUB_ACTIONS") == "true":
-            first = message.splitlines()[0]
-            sys.stderr.write(f"::error title=kvpatch {self.command}::{first}\n")
+            sys.stderr.write(
+                annotation("error", f"kvpatch {self.command}", message.partition("\n")[0]) + "\n"
+            )
 
     def _envelope(
         self, status: str, exit_code: int, data: dict[str, Any], errors: list[dict[str, Any]]
@@ -123,9 +144,5 @@ class Screen:
             "data": data,
             "errors": errors,
         }
-        sys.stdout.write(json.dumps(envelope, indent=2, default=str) + "\n")
-        sys.stdout.flush()
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+        self._stdout.write(json.dumps(envelope, indent=2, default=str) + "\n")
+        self._stdout.flush()

@@ -88,9 +88,9 @@ class CiLines(PlainLines):
 
     def stage_started(self, stage: str) -> None:
         if self._gitlab:
-            self._say(f"\x1b[0Ksection_start:{int(time.time())}:kvpatch_{stage}\r\x1b[0Kkvpatch {stage}")
+            self._mark(f"\x1b[0Ksection_start:{int(time.time())}:kvpatch_{stage}\r\x1b[0Kkvpatch {stage}")
         else:
-            self._say(f"::group::kvpatch {stage}")
+            self._mark(f"::group::kvpatch {stage}")
         super().stage_started(stage)
 
     def stage_finished(self, stage: str, status: str, seconds: float) -> None:
@@ -98,12 +98,27 @@ class CiLines(PlainLines):
         if status == "fresh":
             return
         if self._gitlab:
-            self._say(f"\x1b[0Ksection_end:{int(time.time())}:kvpatch_{stage}\r\x1b[0K")
+            self._mark(f"\x1b[0Ksection_end:{int(time.time())}:kvpatch_{stage}\r\x1b[0K")
         else:
-            self._say("::endgroup::")
+            self._mark("::endgroup::")
 
     def warning(self, text: str) -> None:
-        self._say(f"warning: {text}" if self._gitlab else f"::warning title=kvpatch::{text}")
+        if self._gitlab:
+            super().warning(text)
+        else:
+            self._mark(annotation("warning", "kvpatch", text))
+
+    def _mark(self, text: str) -> None:
+        # Not through Rich, which takes the carriage return out that GitLab looks for.
+        self._console.file.write(text + "\n")
+        self._console.file.flush()
+
+
+def annotation(level: str, title: str, text: str) -> str:
+    """A workflow command of GitHub's that shows `text` ("error" or "warning") beside the run."""
+    for plain, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A")):
+        text = text.replace(plain, escaped)
+    return f"::{level} title={title}::{text}"
 
 
 def _outcome(status: str, seconds: float) -> str:

@@ -338,6 +338,8 @@ class TestExitCodes:
         monkeypatch.setenv("PATH", str(folder))
         assert build() == 3
         assert "apt-get install" in capsys.readouterr().err
+        # What can be told without any tool is told first.
+        assert cli.run(["build", "--ollama", "v9.9.9"]) == 4
 
     def test_source(
         self, build: Callable[..., int], upstream: Path, capsys: pytest.CaptureFixture[str]
@@ -357,6 +359,17 @@ class TestExitCodes:
         error = envelope(capsys)["errors"][0]
         assert error["data"]
         assert not (tmp_path / "out").exists()
+
+    def test_no_patch_for_it(
+        self, build: Callable[..., int], data: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        patch = data / "patches" / "llama.cpp" / "0001-glue.patch"
+        patch.write_text(PATCH.replace(">=2026-01-01", ">=2026-09-01"), encoding="utf-8")
+        assert build("--plan", "--json") == 5
+        error = envelope(capsys)["errors"][0]
+        assert "is for llama.cpp b7 (2026-08-13)" in error["message"]
+        assert "--stock" in error["hint"]
+        assert build("--plan", "--stock") == 0
 
     def test_generate(self, build: Callable[..., int], data: Path) -> None:
         (data / "templates" / "llama.cpp" / "more.c.j2").write_text("{{ nothing }}", encoding="utf-8")
@@ -396,8 +409,15 @@ class TestExitCodes:
         assert "ZeroDivisionError" in crash.read_text(encoding="utf-8")
         crash.unlink()
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
     def test_interrupt_leaves_no_child_and_can_be_resumed(
-        self, build: Callable[..., int], data: Path, upstream: Path, cache: Path, tmp_path: Path
+        self,
+        build: Callable[..., int],
+        data: Path,
+        upstream: Path,
+        cache: Path,
+        tmp_path: Path,
+        number: signal.Signals,
     ) -> None:
         # The compiler of this build never ends until it is told to.
         slow = tmp_path / "slow"
@@ -425,7 +445,7 @@ class TestExitCodes:
                 assert time.monotonic() < deadline
                 assert child.poll() is None, child.stderr.read() if child.stderr else ""
                 time.sleep(0.05)
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             _, err = child.communicate(timeout=30)
         finally:
             child.kill()

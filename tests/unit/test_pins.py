@@ -33,6 +33,12 @@ def test_every_commit_verified_with_a_release_has_a_date(known: pins.Pins) -> No
             assert known.llama_cpp_date(commit), f"{release.version}: {commit}"
 
 
+def test_a_short_name_is_not_taken_for_a_commit(known: pins.Pins) -> None:
+    assert known.llama_cpp_date("4df29be4f" + "0" * 31) == known.sdist().date
+    assert known.llama_cpp_date("4") is None
+    assert known.llama_cpp_date("") is None
+
+
 def test_the_leading_v_may_be_left_out(known: pins.Pins) -> None:
     assert known.release("0.32.15") is known.release("v0.32.15")
 
