@@ -88,6 +88,8 @@ def run(
         with start(args, cwd=cwd, env=env, merge_stderr=log is not None or on_line is not None) as child:
             expired = threading.Event()
             timer = threading.Timer(timeout or 0.0, _expire, (child, expired))
+            # Also when we are interrupted: a timer left behind would keep this process from ending.
+            stack.callback(timer.cancel)
             if timeout is not None:
                 timer.start()
             errors: list[str] = []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def test_impatience_leaves_no_child_either(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_a_timeout_that_was_not_needed_is_called_off(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process.run(["echo", "line"], timeout=60, on_line=stop)
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert wait_for(lambda: not any(timer.is_alive() for timer in timers), 5.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
