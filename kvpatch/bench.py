@@ -116,39 +116,18 @@ def _share_sources(plan: Plan, side: Plan) -> None:
 
 def _upstream(stock: Plan, workdir: Path) -> float:
     """Ollama's developer build (docs/development.md there) with a prepared llama.cpp; returns its wall seconds."""
-    tree = stock.workspace / "ollama"
     build = workdir / "upstream-build"
     go_cache = workdir / "upstream-go-build"
     for leftover in (build, go_cache):
         shutil.rmtree(leftover, ignore_errors=True)
-    env = {"GOFLAGS": "-buildvcs=false", "GOTOOLCHAIN": "local", "GOCACHE": str(go_cache)}
-    cmake = stock.tool("cmake").path
+    env = {**compile_stage.tool_environment(stock), "GOCACHE": str(go_cache)}
     log = workdir / "upstream.log"
+    log.unlink(missing_ok=True)
     began = time.monotonic()
     try:
-        process.run(
-            [
-                cmake,
-                "-S",
-                tree,
-                "-B",
-                build,
-                "-G",
-                "Ninja",
-                f"-DCMAKE_MAKE_PROGRAM={stock.tool('ninja').path}",
-                *compile_stage.OLLAMA_FLAGS,
-                f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={stock.workspace / 'llama.cpp'}",
-                f"-DGO_EXECUTABLE={stock.tool('go').path}",
-                f"-DOLLAMA_GO_OUTPUT={build / 'go' / 'ollama'}",
-                f"-DOLLAMA_BUILD_PARALLEL={stock.jobs}",
-            ],
-            env=env,
-            log=log,
-        )
-        process.run([cmake, "--build", build, "--parallel", str(stock.jobs)], env=env, log=log)
-        process.run(
-            [cmake, "--install", build, "--prefix", stock.out, "--component", "ollama-local"], log=log
-        )
+        process.run(compile_stage.configure_ollama(stock, build), env=env, log=log)
+        for command in compile_stage.build_ollama(stock, build, stock.out):
+            process.run(command, env=env, log=log)
     except process.ProcessFailure as failure:
         raise CompileError(
             f"upstream's own build failed:\n{failure.tail}", hint=f"its log is {log}"

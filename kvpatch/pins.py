@@ -49,10 +49,12 @@ class Sdist:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlamaCppBuild:
-    """One upstream build tag of llama.cpp and its date (YYYY-MM-DD), which patch ranges compare with."""
+    """One upstream build tag of llama.cpp: its date (YYYY-MM-DD), which patch ranges compare with, and its commit, None
+    where nobody has recorded it yet."""
 
     build: str
     date: str
+    commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

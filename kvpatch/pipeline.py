@@ -323,25 +323,33 @@ class _Trees:
 @contextlib.contextmanager
 def _locked(plan: Plan, events: Events) -> Iterator[None]:
     # One build of a workspace at a time: the second waits, and then mostly finds everything fresh.
+    stack = contextlib.ExitStack()
     try:
         plan.workspace.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(plan.workspace / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            events.warning(f"another build is at work in {plan.workspace}; waiting for it")
-            lock.acquire(timeout=_LOCK_SECONDS)
+        # Two workspaces may be told to write to the same folder, so that has a lock too; always in this order.
+        outs = plan.cache / "locks"
+        outs.mkdir(parents=True, exist_ok=True)
+        locks = [
+            FileLock(plan.workspace / "lock"),
+            FileLock(outs / f"{hashing.of_value(str(plan.out))[:12]}.lock"),
+        ]
+        for lock, busy in zip(locks, (plan.workspace, plan.out), strict=True):
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                events.warning(f"another build is at work in {busy}; waiting for it")
+                stack.enter_context(lock.acquire(timeout=_LOCK_SECONDS))
     except Timeout as error:
-        raise KvpatchError(
-            f"another build holds {plan.workspace} for over {_LOCK_SECONDS / 60:.0f} minutes",
+        stack.close()
+        raise UsageError(
+            f"another build holds {error.lock_file} for over {_LOCK_SECONDS / 60:.0f} minutes",
             hint="wait, or end it",
         ) from error
     except OSError as error:
+        stack.close()
         raise SourceError(
             f"cannot write to the cache {plan.workspace}: {error.strerror or error}",
             hint="choose another place with --cache-dir or KVPATCH_CACHE",
         ) from error
-    try:
+    with stack:
         yield
-    finally:
-        lock.release()

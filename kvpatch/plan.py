@@ -19,7 +19,7 @@ from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 BACKENDS = ("cpu",)
 SDIST = "sdist"
 Kind = Literal["ollama", "llama.cpp"]
-PinStatus = Literal["pinned", "verified", "mismatch"]
+PinStatus = Literal["pinned", "tag", "verified", "mismatch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +43,9 @@ class Request:
 class Plan:
     """One build, fully decided.
 
-    `sources` has llama.cpp and, for kind "ollama", Ollama. `pin_status` says how the llama.cpp relates to the pin of
-    the release. `series` maps an upstream to its patches in order (empty for a stock build).
+    `pin_status` says how the llama.cpp relates to what is pinned: pinned (same commit or content), tag (the pinned tag,
+    whose commit nobody recorded), verified (another one, listed as verified with the release), mismatch (accepted by
+    --allow-pin-mismatch). The patches are in the order of their series; a stock build has none.
     """
 
     kind: Kind
@@ -95,7 +96,11 @@ class Plan:
     def label(self) -> str:
         """What was built, in words: release or llama.cpp commit, and our series."""
         what = self.name if self.stock else f"{self.name} (kvpatch {__version__}, series {self.series_id})"
-        return what if self.pin_status == "pinned" else f"{what} with llama.cpp {self.llama_cpp.commit[:9]}"
+        return (
+            what
+            if self.pin_status in ("pinned", "tag")
+            else f"{what} with llama.cpp {self.llama_cpp.commit[:9]}"
+        )
 
     def tool(self, name: str) -> toolchain.Tool:
         """The tool called `name`; planning made sure that it is there."""
@@ -162,7 +167,10 @@ def make(request: Request, *, progress: Progress) -> Plan:
     else:
         llama_ref = request.llama_cpp
     llama_cpp = _llama_cpp(known, store, request, llama_ref, progress)
-    status, warnings = ("pinned", ()) if release is None else _pin_status(release, llama_cpp, request)
+    if release is not None:
+        status, warnings = _pin_status(release, llama_cpp, request)
+    else:
+        status, warnings = ("pinned" if llama_cpp.verified else "tag"), ()
     date = known.llama_cpp_date(llama_cpp.ref) or known.llama_cpp_date(llama_cpp.commit) or llama_cpp.date
     if date is None:
         raise UsageError(
@@ -285,14 +293,22 @@ def _llama_cpp(
             ref=sdist.version, commit=sdist.commit, sha256=sdist.sha256, tree=sdist.tree, date=sdist.date
         )
         return store.resolve(LLAMA_CPP, spec, pin, progress=progress)
-    return store.resolve(LLAMA_CPP, spec, Pin(ref=ref, date=known.llama_cpp_date(ref)), progress=progress)
+    commit = next((build.commit for build in known.llama_cpp if build.build == ref), None)
+    return store.resolve(
+        LLAMA_CPP, spec, Pin(ref=ref, commit=commit, date=known.llama_cpp_date(ref)), progress=progress
+    )
 
 
 def _pin_status(
     release: pins.OllamaRelease, llama_cpp: Resolved, request: Request
 ) -> tuple[PinStatus, tuple[str, ...]]:
     if llama_cpp.kind in ("git", "mirror") and llama_cpp.ref == release.llama_cpp:
-        return "pinned", ()
+        if llama_cpp.verified:
+            return "pinned", ()
+        return "tag", (
+            f"llama.cpp {llama_cpp.ref} is commit {llama_cpp.commit} on the word of {llama_cpp.location} alone: "
+            "patches/pins.toml has no commit for it (a lock file records it: --lock)",
+        )
     shown = f"llama.cpp {llama_cpp.commit[:9]} ({llama_cpp.kind})"
     if any(pins.same_commit(llama_cpp.commit, commit) for commit in release.verified_with):
         return "verified", (

@@ -18,9 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-_DROPPED_PREFIXES = ("GIT_", "LD_", "PYTHON", "OLLAMA_", "KVCACHED_", "LLAMA_", "GGML_", "CMAKE_")
+_DROPPED_PREFIXES = ("GIT_", "LD_", "PYTHON", "OLLAMA_", "KVCACHED_", "LLAMA_", "GGML_", "CMAKE_", "CGO_")
 _DROPPED = frozenset(
-    {"CGO_ENABLED", "DESTDIR", "GOARCH", "GOEXPERIMENT", "GOOS", "MAKEFLAGS", "MAKELEVEL", "NINJA_STATUS"}
+    {
+        "CPATH",
+        "CPLUS_INCLUDE_PATH",
+        "CPPFLAGS",
+        "C_INCLUDE_PATH",
+        "DESTDIR",
+        "GOARCH",
+        "GOEXPERIMENT",
+        "GOOS",
+        "LDFLAGS",
+        "LIBRARY_PATH",
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "NINJA_STATUS",
+    }
 )
 _KEPT = frozenset({"PYTHONHASHSEED"})
 _TAIL_LINES = 25

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 from kvpatch import hashing, process
 from kvpatch.errors import CompileError
-from kvpatch.stages import output
+from kvpatch.plan import Plan
+from kvpatch.stages import output, worktree
 from kvpatch.stages.context import Context, Value
 
 LIBRARY = "libkvcached.so"
@@ -47,6 +49,8 @@ OLLAMA_FLAGS = (
     "-DOLLAMA_MLX_BACKENDS=",
     "-DGGML_CCACHE=OFF",
 )
+# Debug information would hold the temporary folder that cgo compiles in.
+CGO_FLAGS = {"CGO_CFLAGS": "-O2 -g0", "CGO_CXXFLAGS": "-O2 -g0"}
 LIBRARY_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", f"-Wl,-soname,{LIBRARY}")
 
 
@@ -56,6 +60,7 @@ def inputs(context: Context) -> dict[str, object]:
     return {
         "flags": OLLAMA_FLAGS if plan.ollama else LLAMA_CPP_FLAGS,
         "library": LIBRARY_FLAGS,
+        "cgo": CGO_FLAGS if plan.ollama else None,
         "tools": {tool.name: tool.version for tool in plan.tools},
         "version": plan.release.semver if plan.release else None,
     }
@@ -64,6 +69,9 @@ def inputs(context: Context) -> dict[str, object]:
 def run(context: Context) -> Value:
     """Compile, and stage the result. Raises CompileError with the last lines of the log."""
     plan = context.plan
+    for tree in context.trees().values():
+        # The manifest will name the patched commit, so that commit is what must be compiled.
+        worktree.refuse_edits(tree)
     shutil.rmtree(context.staging_dir, ignore_errors=True)
     try:
         if plan.ollama is not None:
@@ -89,19 +97,15 @@ def environment(context: Context) -> dict[str, str]:
     """Variables for configuring and building; nested CMake projects take their first values from here too."""
     plan = context.plan
     prefix = f"-ffile-prefix-map={plan.workspace}=."
-    # Tools of ours that are not on PATH must be found by nested builds too.
-    folders = dict.fromkeys(str(tool.path.parent) for tool in plan.tools if tool.origin != "PATH")
     env = {
-        "PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]),
-        # Ollama configures llama.cpp in a nested build of its own, which would otherwise fall back to make.
-        "CMAKE_GENERATOR": "Ninja",
+        **tool_environment(plan),
         "CC": str(plan.tool("cc").path),
         "CXX": str(plan.tool("c++").path),
         "CFLAGS": prefix,
         "CXXFLAGS": prefix,
-        "GOFLAGS": "-buildvcs=false",
-        "GOTOOLCHAIN": "local",
-        "GOCACHE": str(plan.cache / "go-build"),
+        **CGO_FLAGS,
+        # A source of Ollama's embeds __DATE__ and __TIME__.
+        "SOURCE_DATE_EPOCH": str(_epoch(plan.llama_cpp_date if plan.release is None else plan.release.date)),
         # A work tree below a user's repository must not be taken for part of it.
         "GIT_CEILING_DIRECTORIES": str(plan.workspace),
     }
@@ -114,6 +118,51 @@ def environment(context: Context) -> dict[str, str]:
             "CCACHE_NOHASHDIR": "1",
         }
     return env
+
+
+def _epoch(day: str) -> int:
+    return int(datetime.strptime(f"{day} +0000", "%Y-%m-%d %z").timestamp())
+
+
+def tool_environment(plan: Plan) -> dict[str, str]:
+    """Variables that make a build use the plan's tools, nested builds included."""
+    folders = dict.fromkeys(str(tool.path.parent) for tool in plan.tools if tool.origin != "PATH")
+    return {
+        "PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]),
+        # Ollama configures llama.cpp in a nested build of its own, which would otherwise fall back to make.
+        "CMAKE_GENERATOR": "Ninja",
+        "GOFLAGS": "-buildvcs=false",
+        "GOTOOLCHAIN": "local",
+        "GOCACHE": str(plan.cache / "go-build"),
+    }
+
+
+def configure_ollama(plan: Plan, build_dir: Path) -> list[str | Path]:
+    """The command that configures Ollama's own build of the plan's trees in `build_dir`, llama.cpp prepared."""
+    return [
+        plan.tool("cmake").path,
+        "-S",
+        plan.workspace / "ollama",
+        "-B",
+        build_dir,
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
+        *OLLAMA_FLAGS,
+        f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={plan.workspace / 'llama.cpp'}",
+        f"-DOLLAMA_GO_OUTPUT={build_dir / 'go' / 'ollama'}",
+        f"-DGO_EXECUTABLE={plan.tool('go').path}",
+        f"-DOLLAMA_BUILD_PARALLEL={plan.jobs}",
+    ]
+
+
+def build_ollama(plan: Plan, build_dir: Path, prefix: Path) -> list[list[str | Path]]:
+    """The commands that build what `configure_ollama` configured and install it in upstream's layout below `prefix`."""
+    cmake = plan.tool("cmake").path
+    return [
+        [cmake, "--build", build_dir, "--parallel", str(plan.jobs)],
+        [cmake, "--install", build_dir, "--prefix", prefix, "--component", "ollama-local"],
+    ]
 
 
 def _library(context: Context, target: Path) -> None:
@@ -163,43 +212,19 @@ def _llama_cpp(context: Context) -> None:
 def _ollama(context: Context) -> None:
     plan = context.plan
     assert plan.release is not None
-    cmake = plan.tool("cmake").path
     payload = plan.workspace / "payload"
     shutil.rmtree(payload, ignore_errors=True)
     _cmake(
         context,
         [
-            cmake,
-            "-S",
-            context.ollama_tree,
-            "-B",
-            context.build_dir,
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
-            *OLLAMA_FLAGS,
+            *configure_ollama(plan, context.build_dir),
             *_build_info(context),
             f"-DOLLAMA_VERSION={plan.release.semver}",
-            f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={context.llama_cpp_tree}",
             f"-DOLLAMA_PAYLOAD_INSTALL_PREFIX={payload}",
-            f"-DOLLAMA_GO_OUTPUT={context.build_dir / 'go' / 'ollama'}",
-            f"-DGO_EXECUTABLE={plan.tool('go').path}",
-            f"-DOLLAMA_BUILD_PARALLEL={plan.jobs}",
         ],
     )
-    _cmake(context, [cmake, "--build", context.build_dir, "--parallel", str(plan.jobs)])
-    _cmake(
-        context,
-        [
-            cmake,
-            "--install",
-            context.build_dir,
-            "--prefix",
-            context.staging_dir,
-            "--component",
-            "ollama-local",
-        ],
-    )
+    for command in build_ollama(plan, context.build_dir, context.staging_dir):
+        _cmake(context, command)
 
 
 def _build_info(context: Context) -> list[str]:

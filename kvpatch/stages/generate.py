@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from kvpatch import __version__, generate, paths
+from kvpatch import __version__, generate
 from kvpatch.stages import mtimes, worktree
 from kvpatch.stages.context import Context, Value
 
@@ -41,23 +40,18 @@ def run(context: Context) -> Value:
             context.detail("generate", f"{upstream}: {len(changed)} of {len(files)} files written")
             value[upstream] = {file.dest: hashlib.sha256(file.content).hexdigest() for file in files}
         mtimes.restore(tree)
-        _announce(tree, [file.dest for file in files])
+        _announce(tree, {file.dest: hashlib.sha256(file.content).hexdigest() for file in files})
         worktree.mark_finished(tree)
     return value
 
 
-def _announce(tree: Path, names: list[str]) -> None:
+def _announce(tree: Path, sums: dict[str, str]) -> None:
     """Make CMake look again for source files when the set of generated ones changed.
 
     Upstream collects some sources with file(GLOB) and without CONFIGURE_DEPENDS, so a nested build that was configured
     before would neither compile a new file nor miss a removed one. A newer CMakeLists.txt makes ninja configure again.
     """
-    record = tree / ".kvpatch" / "generated.json"
-    try:
-        before = set(json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        before = set()  # absent or damaged: then everything is taken for new
-    for name in before.symmetric_difference(names):
+    for name in worktree.generated(tree).keys() ^ sums.keys():
         for folder in (tree / name).parents:
             listing = folder / "CMakeLists.txt"
             if listing.is_file():
@@ -65,4 +59,4 @@ def _announce(tree: Path, names: list[str]) -> None:
                 break
             if folder == tree:
                 break
-    paths.write_whole(record, json.dumps(sorted(names)))
+    worktree.record_generated(tree, sums)

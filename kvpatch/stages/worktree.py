@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvpatch import hashing, paths
 from kvpatch.errors import SourceError
 from kvpatch.sources.git import Git
 
 _FINISHED = Path(".kvpatch") / "finished"
+_GENERATED = Path(".kvpatch") / "generated.json"
 _IDENTITY = {
     "GIT_AUTHOR_NAME": "kvpatch",
     "GIT_AUTHOR_EMAIL": "kvpatch@localhost",
@@ -43,15 +46,37 @@ def mark_unfinished(tree: Path) -> None:
 
 
 def refuse_edits(tree: Path) -> None:
-    """Raise SourceError when tracked files of a finished tree were edited: fetching would overwrite them."""
+    """Raise SourceError when patched or generated files of a finished tree were edited.
+
+    Fetching would overwrite them, and compiling them would give a build that its manifest does not describe.
+    """
     if not (tree / _FINISHED).is_file():
         return
     edited = changed(tree, "HEAD")
+    edited += [
+        name
+        for name, digest in generated(tree).items()
+        if (tree / name).is_file() and hashing.of_file(tree / name) != digest
+    ]
     if edited:
         raise SourceError(
-            f"{len(edited)} files in {tree} were edited by hand and would be overwritten: {', '.join(edited[:5])}",
-            hint=f"keep them with `git -C {tree} diff > my.patch`; then `git -C {tree} checkout -- .` and build again",
+            f"{len(edited)} files in {tree} were edited by hand and would be lost: {', '.join(edited[:5])}",
+            hint="copy them away, or keep the patched ones with "
+            f"`git -C {tree} diff > my.patch`; then delete {tree} and build again",
         )
+
+
+def generated(tree: Path) -> dict[str, str]:
+    """The generated files in the tree and their sha256, as the last generate stage left them."""
+    try:
+        return dict(json.loads((tree / _GENERATED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}  # absent or damaged: then everything is taken for new
+
+
+def record_generated(tree: Path, sums: Mapping[str, str]) -> None:
+    """Remember what `generated` returns. Raises OSError."""
+    paths.write_whole(tree / _GENERATED, json.dumps(dict(sums), indent=1))
 
 
 def commit_all(tree: Path, message: str) -> str:
