@@ -45,7 +45,7 @@ static int access_run(const kvc_space *space, size_t off, size_t len, int prot) 
   if (mprotect(at(space, off), len, prot) == 0) return KVCACHED_OK;
   int e = errno;
   return kvc_fail_errno(e == ENOMEM ? KVCACHED_E_NOMEM : KVCACHED_E_SYSTEM, e,
-                        "changing the access of %zu bytes (out of memory, or of mappings: vm.max_map_count)",
+                        "changing the access of %zu bytes (no memory, or no mappings left: vm.max_map_count)",
                         len);
 }
 

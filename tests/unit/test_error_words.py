@@ -1,0 +1,52 @@
+"""No text that reaches Ollama's log or API may read like a device that ran out: Ollama would unload every model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# What Ollama looks for, in lower case: `outOfMemorySubstrings` of its llm/status.go.
+WORDS = (
+    "out of memory",
+    "out of device memory",
+    "cudamalloc failed",
+    "hipmalloc failed",
+    "failed to allocate",
+    "allocation failed",
+    "not enough memory",
+    "insufficient memory",
+    "vk_error_out_of_device_memory",
+    "erroroutofmemory",
+)
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_JOIN = re.compile(r'"\s*\n\s*"')
+
+
+def _sources() -> list[Path]:
+    found = [
+        *(ROOT / "vmm").glob("*/*.[ch]"),
+        *(ROOT / "templates").glob("*/*.[gj]*"),
+        *(p for p in (ROOT / "go_shim" / "kvcached").glob("*.go") if not p.name.endswith("_test.go")),
+    ]
+    assert len(found) > 30
+    return found
+
+
+def _texts(source: str) -> list[str]:
+    """String literals in lower case; those that a compiler would join are joined."""
+    return [literal.lower() for literal in _STRING.findall(_JOIN.sub("", source))]
+
+
+def test_no_text_reads_like_a_device_that_ran_out() -> None:
+    taken = [
+        f"{path.relative_to(ROOT)}: {text}"
+        for path in _sources()
+        for text in _texts(path.read_text(encoding="utf-8"))
+        if any(word in text for word in WORDS)
+    ]
+    assert taken == []
+
+
+def test_the_look_sees_texts_and_only_texts() -> None:
+    assert _texts('f("Out of "\n  "memory"); /* out of memory */') == ['"out of memory"']
