@@ -81,10 +81,17 @@ func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adap
 // kvcachedStart starts the child by the function given. A lease ends with its child, so that a child started anew for the
 // same runner takes another first; one that cannot be started gives its lease back.
 func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error)) (*exec.Cmd, int, error) {
-	if kvcached.Default() != nil && s.kvcachedCache() == nil {
-		l := s.launch
-		if err := kvcachedPrepare(l.extraEnvs, l.modelPath, s.ggml, l.adapters, l.projectors, l.kvCacheType, l.config); err != nil {
-			return nil, 0, err
+	if kvcached.Default() != nil {
+		// Ollama takes a child for ended as soon as its status is known; what waits for it gives lease and variables back a
+		// moment later, and must not take the new child's.
+		if s.done != nil {
+			<-s.done
+		}
+		if s.kvcachedCache() == nil {
+			l := s.launch
+			if err := kvcachedPrepare(l.extraEnvs, l.modelPath, s.ggml, l.adapters, l.projectors, l.kvCacheType, l.config); err != nil {
+				return nil, 0, err
+			}
 		}
 	}
 	cmd, port, err := start(s.launch, s.output)

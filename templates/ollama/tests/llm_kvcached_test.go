@@ -185,6 +185,38 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 	}
 }
 
+// A child may be known to have ended before its lease has been given back.
+func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
+	ledger := kvcachedManager(t, 1<<30)
+	path, f := kvcachedModel(t)
+	env := map[string]string{}
+	if err := kvcachedPrepare(env, path, f, nil, nil, "", LlamaServerConfig{}); err != nil {
+		t.Fatal(err)
+	}
+	runner := &llamaServerRunner{
+		ggml:   f,
+		done:   make(chan struct{}),
+		launch: llamaServerLaunchConfig{modelPath: path, extraEnvs: env},
+	}
+	go func(done chan struct{}) {
+		time.Sleep(50 * time.Millisecond)
+		runner.kvcachedFree()
+		close(done)
+	}(runner.done)
+
+	slot := ""
+	if _, _, err := runner.kvcachedStart(func(launch llamaServerLaunchConfig, _ io.Writer) (*exec.Cmd, int, error) {
+		slot = launch.extraEnvs[kvcached.SlotVariable]
+		return nil, 7, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	slots, _ := ledger.Slots()
+	if slot != "2" || len(slots) != 1 || slots[0].Index != 2 {
+		t.Errorf("started with slot %q, leased: %+v", slot, slots)
+	}
+}
+
 func TestKVCachedRefusalStartsNothing(t *testing.T) {
 	environment := kvcachedServer(t)
 	kvcachedManager(t, 1000)
