@@ -98,7 +98,12 @@ def _help(instance: Instance) -> Outcome:
             f"`ollama serve --help` offers {IDLE}, which does not act yet", logs={"help": tail(text)}
         )
     version = instance.command(9, "--version")
-    return Outcome(version.splitlines()[-1] if version else "no version")
+    named = [line for line in version.splitlines() if line.startswith("kvpatch ") and ", series " in line]
+    if not named:
+        raise CheckFailed(
+            "`ollama --version` does not name the patch series", logs={"version": tail(version)}
+        )
+    return Outcome(named[0])
 
 
 def _serve(instance: Instance, made: Models, embedder: models.TinyModel, found: dict[str, Talk]) -> Outcome:

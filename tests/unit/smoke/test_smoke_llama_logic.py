@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -14,6 +15,7 @@ from kvpatch.demo import DemoRow
 from kvpatch.smoke import llama_checks as checks
 from kvpatch.smoke import models, ollama_checks, smaps
 from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, log_figures, log_peak
+from kvpatch.smoke.ollama import Instance
 from kvpatch.smoke.ollama_checks import Talk
 from kvpatch.smoke.report import CheckFailed, Outcome
 
@@ -267,3 +269,31 @@ def test_ollama_answers_must_be_equal_rich_and_of_each_model() -> None:
     }
     with pytest.raises(CheckFailed, match="answer alike"):
         ollama_checks._alternate(replace(talk, texts={**talk.texts, **alike}))
+
+
+def test_a_limit_that_is_only_announced_is_no_refusal() -> None:
+    start = "kvcached: CPU KV reserved = 8.00 MiB, mapped = 0.00 MiB, page = 4 KiB, limit = 2097152 bytes\n"
+    assert not checks.refusal_logged(start)
+    assert checks.refusal_logged(
+        f"{start}kvcached: no room for 512 cells: KVCACHED_E_LIMIT: the memory limit"
+    )
+
+
+class _CommandLine:
+    """Stands for an instance whose command line answers with these texts."""
+
+    def __init__(self, **texts: str) -> None:
+        self._texts = texts
+
+    def command(self, port: int, *words: str) -> str:
+        return self._texts[words[0].lstrip("-")]
+
+
+def test_the_version_must_name_the_series() -> None:
+    shown = f"{ollama_checks.ENABLED} {ollama_checks.MEMORY}"
+    named = "kvpatch 0.1.0, series llama-server-0123456789ab, Ollama 0.32.15"
+    good = _CommandLine(serve=shown, version=f"ollama version is 0.32.15\n{named}")
+    assert ollama_checks._help(cast(Instance, good)).detail == named
+    for text in ("", "ollama version is 0.32.15"):
+        with pytest.raises(CheckFailed, match="patch series"):
+            ollama_checks._help(cast(Instance, _CommandLine(serve=shown, version=text)))
