@@ -14,14 +14,11 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from kvpatch.errors import ToolchainError
 from kvpatch.process import clean_environment
 from kvpatch.sources.errors import GitError, access_denied, disk_full, guard
-
-if TYPE_CHECKING:
-    pass
 
 _OLDEST = (2, 31)  # GIT_CONFIG_COUNT, rev-parse --path-format, fetch --stdin
 _PROTOCOLS = "https:http:ssh:git:file"

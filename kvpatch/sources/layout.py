@@ -110,13 +110,7 @@ class Layout:
     def sweep(self, git_dir: Path) -> None:
         """Remove what a killed git left in a repository of the cache. Only for the holder of its lock."""
         with guard("clean up after an interrupted run", git_dir):
-            for pattern in (
-                "*.lock",
-                "refs/**/*.lock",
-                "fast_import_crash_*",
-                "objects/**/tmp_*",
-                "objects/pack/.tmp-*",
-            ):
+            for pattern in _LEFTOVERS:
                 for path in git_dir.glob(pattern):
                     path.unlink(missing_ok=True)
 
