@@ -18,7 +18,7 @@ from kvpatch import process
 from kvpatch.errors import CompileError, UsageError
 from kvpatch.events import Silent
 from kvpatch.pipeline import run
-from kvpatch.plan import Plan
+from kvpatch.plan import STOCK, Plan
 from kvpatch.stages import compile as compile_stage
 
 Progress = Callable[[str], None]
@@ -69,6 +69,7 @@ def cold_build(plan: Plan, *, rounds: int, workdir: Path, progress: Progress) ->
         plan,
         stock=True,
         ollama_patches=(),
+        series_id=STOCK,
         llama_cpp_patches=(),
         compiler_cache=None,
         cache=workdir / "upstream",

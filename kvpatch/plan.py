@@ -18,6 +18,7 @@ from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 
 BACKENDS = ("cpu",)
 SDIST = "sdist"
+STOCK = "stock"
 Kind = Literal["ollama", "llama.cpp"]
 PinStatus = Literal["pinned", "tag", "verified", "mismatch"]
 
@@ -41,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One build, fully decided.
+    """One build, fully decided. `series_id`: eight hex digits that name the patches and all generated beside them.
 
     `pin_status` says how the llama.cpp relates to what is pinned: pinned (same commit or content), tag (the pinned tag,
     whose commit nobody recorded), verified (another one, listed as verified with the release), mismatch (accepted by
@@ -57,6 +58,7 @@ class Plan:
     warnings: tuple[str, ...]
     llama_cpp_patches: tuple[Patch, ...]
     ollama_patches: tuple[Patch, ...]
+    series_id: str
     tools: tuple[toolchain.Tool, ...]
     backend: tuple[str, ...]
     stock: bool
@@ -81,16 +83,6 @@ class Plan:
         """
         sources = [self.llama_cpp.key, self.ollama.key if self.ollama else None, self.backend]
         return self.cache / "work" / f"{self.name}-{hashing.of_value(sources)[:10]}"
-
-    @property
-    def series_id(self) -> str:
-        """Eight hex digits that name the patches and everything generated beside them."""
-        if self.stock:
-            return "stock"
-        parts = [hashing.of_paths([self.data / top], self.data) for top in ("templates", "vmm", "go_shim")]
-        return hashing.of_value([patch_sums(self.llama_cpp_patches), patch_sums(self.ollama_patches), parts])[
-            :8
-        ]
 
     @property
     def label(self) -> str:
@@ -134,6 +126,11 @@ def source_json(source: Resolved) -> dict[str, Any]:
         "commit": source.commit,
         "key": source.key,
     }
+
+
+def _series_id(data: Path, *series: tuple[Patch, ...]) -> str:
+    parts = [hashing.of_paths([data / top], data) for top in ("templates", "vmm", "go_shim")]
+    return hashing.of_value([*(patch_sums(patches) for patches in series), parts])[:8]
 
 
 def patch_sums(patches: tuple[Patch, ...]) -> dict[str, str]:
@@ -188,6 +185,7 @@ def make(request: Request, *, progress: Progress) -> Plan:
         warnings=warnings,
         llama_cpp_patches=(),
         ollama_patches=(),
+        series_id=STOCK,
         tools=tools,
         backend=tuple(sorted(set(request.backend))),
         stock=request.stock,
@@ -199,16 +197,13 @@ def make(request: Request, *, progress: Progress) -> Plan:
     )
     if plan.stock:
         return plan
+    folder = data / "patches"
+    ours = _select(folder / "llama.cpp", date, f"llama.cpp {llama_cpp.ref} ({date})")
+    theirs: tuple[Patch, ...] = ()
+    if release is not None:
+        theirs = _select(folder / "ollama" / "llama-server", release.semver, f"Ollama {release.version}")
     return replace(
-        plan,
-        llama_cpp_patches=_select(
-            data / "patches" / "llama.cpp", date, f"llama.cpp {llama_cpp.ref} ({date})"
-        ),
-        ollama_patches=()
-        if release is None
-        else _select(
-            data / "patches" / "ollama" / "llama-server", release.semver, f"Ollama {release.version}"
-        ),
+        plan, llama_cpp_patches=ours, ollama_patches=theirs, series_id=_series_id(data, ours, theirs)
     )
 
 

@@ -37,6 +37,7 @@ def make_plan(tmp_path: Path) -> Callable[..., Plan]:
         warnings=(),
         llama_cpp_patches=(),
         ollama_patches=(),
+        series_id="0a1b2c3d",
         tools=(Tool(name="cc", path=Path("/usr/bin/cc"), version="12.0", origin="PATH"),),
         backend=("cpu",),
         stock=False,
