@@ -226,6 +226,27 @@ static void test_mapping_holds_no_lock(void) {
   CHECK_EQ(WEXITSTATUS(status), 0);
 }
 
+/* A child opens the ledger by its path: once that names another file, or none, it would not find its lease. */
+static void test_lease_needs_the_file_at_its_path(void) {
+  const char *path = scratch("deleted"), *aside = scratch("aside");
+  kvcached_ledger_t l;
+  CHECK_OK(kvcached_ledger_open(path, &l));
+  int slot;
+  CHECK_OK(kvcached_ledger_lease(l, "g", "first", 10, 0, 100, &slot));
+  CHECK(rename(path, aside) == 0);
+  int refused;
+  CHECK_IS(kvcached_ledger_lease(l, "g", "second", 10, 0, 100, &refused), KVCACHED_E_LEDGER);
+  CHECK_EQ(refused, -1);
+  CHECK_DETAIL("deleted or replaced");
+  CHECK_EQ(live_slots(path), 0); /* makes another file there */
+  CHECK_IS(kvcached_ledger_lease(l, "g", "third", 10, 0, 100, &refused), KVCACHED_E_LEDGER);
+  CHECK(rename(aside, path) == 0);
+  CHECK_OK(kvcached_ledger_lease(l, "g", "fourth", 10, 0, 100, &refused));
+  CHECK_OK(kvcached_ledger_unlease(l, refused));
+  CHECK_OK(kvcached_ledger_unlease(l, slot));
+  kvcached_ledger_close(l);
+}
+
 int main(void) {
   RUN(test_new_file);
   RUN(test_default_path);
@@ -237,5 +258,6 @@ int main(void) {
   RUN(test_no_space);
   RUN(test_close_on_exec);
   RUN(test_mapping_holds_no_lock);
+  RUN(test_lease_needs_the_file_at_its_path);
   return 0;
 }

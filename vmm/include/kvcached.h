@@ -223,8 +223,9 @@ KVCACHED_API void kvcached_ledger_close(kvcached_ledger_t ledger);
 
 /* Sets aside max(size, fixed) bytes for a child that will open a context with *slot. group: 1 to
    KVCACHED_GROUP_MAX bytes; fixed: the part of them that the child holds outside the library; limit: what the
-   group may be charged in all. E_LIMIT: does not fit, the numbers are in the detail; E_FULL; E_INVAL;
-   E_SYSTEM; E_FORKED. On failure *slot is -1. */
+   group may be charged in all. E_LIMIT: does not fit, the numbers are in the detail; E_FULL; E_LEDGER: the
+   file was deleted or replaced meanwhile, the child would open another; E_INVAL; E_SYSTEM; E_FORKED. On failure
+   *slot is -1. */
 KVCACHED_API int kvcached_ledger_lease(kvcached_ledger_t ledger, const char *group, const char *name,
                                        uint64_t size, uint64_t fixed, uint64_t limit, int *slot);
 

@@ -264,7 +264,8 @@ int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *na
   (void)pthread_mutex_lock(&l->mutex);
   int slot = -1;
   uint64_t excess;
-  int err = take_free(l, group, name, &slot);
+  int err = kvc_ledger_file_check_path(l->path, l->fd);
+  if (!err) err = take_free(l, group, name, &slot);
   if (!err) {
     /* Both holds are kept until the lease stands: an announcement counts only while the user's is held. */
     kvc_ledger_slot *s = &l->map->slot[slot];

@@ -231,3 +231,14 @@ int kvc_ledger_file_open(const char *path, int *fd_out, kvc_ledger_map **map_out
   *fd_out = fd;
   return KVCACHED_OK;
 }
+
+int kvc_ledger_file_check_path(const char *path, int fd) {
+  struct stat ours, there;
+  if (fstat(fd, &ours) != 0) return kvc_fail_errno(KVCACHED_E_LEDGER, errno, "looking at %s", path);
+  if (lstat(path, &there) == 0 && there.st_dev == ours.st_dev && there.st_ino == ours.st_ino)
+    return KVCACHED_OK;
+  return kvc_fail(KVCACHED_E_LEDGER,
+                  "%s was deleted or replaced while this process used it, and a child would not find its "
+                  "slot: start this process again",
+                  path);
+}

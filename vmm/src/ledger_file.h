@@ -49,6 +49,10 @@ enum { KVC_HOLD_LESSOR = 1, KVC_HOLD_USER = 2, KVC_HOLD_BOTH = 3 };
    children). E_LEDGER, E_NOMEM. The caller closes *fd and unmaps *map. */
 int kvc_ledger_file_open(const char *path, int *fd, kvc_ledger_map **map);
 
+/* Whether path still names the file that fd has open; otherwise a process started now would open another, and
+   not find what was written in this one. E_LEDGER. */
+int kvc_ledger_file_check_path(const char *path, int fd);
+
 /* Takes or drops holds of a slot for this open file, in one step. Taking: 1 when taken, 0 when another open
    file has one of them, negative on error. Dropping: 0 or negative. */
 int kvc_ledger_file_hold(int fd, int slot, int holds);
