@@ -6,6 +6,7 @@ unidiff skips or reads differently from git is a finding and never a silently sm
 
 from __future__ import annotations
 
+import email.errors
 import email.header
 import email.utils
 import hashlib
@@ -142,10 +143,14 @@ def _read_headers(draft: _Draft, block: bytes) -> None:
     text = re.sub(r"\n[ \t]+", " ", block.decode("utf-8", "replace"))
     for line in text.split("\n"):
         name, colon, value = line.partition(":")
-        if colon:
-            draft.headers[name.lower()] = str(
-                email.header.make_header(email.header.decode_header(value.strip()))
-            )
+        if not colon:
+            continue
+        try:
+            decoded = email.header.make_header(email.header.decode_header(value.strip()))
+        except (email.errors.HeaderParseError, LookupError, UnicodeError) as error:
+            draft.find("mail", f"header {name} is encoded in a way that cannot be read: {error}")
+            continue
+        draft.headers[name.lower()] = str(decoded)
     encoding = draft.headers.get("content-transfer-encoding", "8bit").lower()
     if encoding not in ("7bit", "8bit", "binary"):
         draft.find("mail", f"is encoded as {encoding}; kvpatch reads plain format-patch output only")
@@ -195,7 +200,7 @@ def _read_author(draft: _Draft) -> tuple[str, str, tuple[int, str] | None]:
         draft.find("author", "has no From: Name <address>")
     try:
         when = email.utils.parsedate_to_datetime(draft.headers.get("date", ""))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         when = None
     if when is None or when.tzinfo is None:
         draft.find("date", "has no Date with a time zone")

@@ -40,6 +40,14 @@ def test_fields(patch_file: Path) -> None:
     assert (hunk.leading, hunk.trailing, hunk.old_start) == (1, 1, 10)
 
 
+@pytest.mark.parametrize("word", ["=?bogus?b?eHg=?=", "=?utf-8?q?=ff?="])
+def test_a_header_that_cannot_be_decoded_is_a_finding(patch_file: Path, word: str) -> None:
+    patch_file.write_bytes(
+        patch_file.read_bytes().replace(b"Subject: [PATCH]", f"Subject: {word}".encode(), 1)
+    )
+    assert "mail" in codes(patch_file)
+
+
 def test_variant_name(patch_file: Path) -> None:
     other = patch_file.with_name("0001-alpha@2026-04.patch")
     patch_file.rename(other)
