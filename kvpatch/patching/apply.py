@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from kvpatch.errors import PatchError
+from kvpatch.errors import PatchError, guard
 from kvpatch.patching.errors import PatchFailure
 from kvpatch.patching.evaluate import View, count_hooks, evaluate
 from kvpatch.patching.gitplumbing import Entry, Repository
@@ -72,14 +72,15 @@ def apply_series(
     Raises PatchFailure, with a report on all patches, when any of them does not fit: the tree is then at the
     last good commit before the first failure, and `.kvpatch/` in it holds report.json and the hunks that did
     not fit under rejects/. Raises DirtyTreeError when edits or commits made by hand would be lost, PatchError
-    when git fails or another process is applying patches here.
+    when git fails or another process is applying patches here, DiskFullError or AccessError when files cannot
+    be written.
     """
     repository = Repository(repo)
     base = _commit(repository, base_commit)
     tree = WorkTree(repository)
     tree.state.mkdir(exist_ok=True)
     try:
-        with filelock.FileLock(tree.state / "lock", timeout=0):
+        with filelock.FileLock(tree.state / "lock", timeout=0), guard("write the patched files", repo):
             return _apply(repository, tree, base, patches, fetch_base, discard=discard)
     except filelock.Timeout as error:
         raise PatchError(

@@ -1,21 +1,15 @@
-"""The few git commands that applying needs, through GitPython, on objects and never on a guess about the
-work tree.
-"""
+"""The few git commands that applying needs, on objects and never on a guess about the work tree."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
-from kvpatch.errors import PatchError, ToolchainError
-
-# A user's configuration (hooks, signing, line endings, rename limits) must not change what is produced.
-_ENVIRONMENT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0"}
-_CONFIG = ("core.hooksPath=" + os.devnull, "core.fsmonitor=false", "core.autocrlf=false", "gc.auto=0")
+from kvpatch.errors import GitError, PatchError, guard
+from kvpatch.gitrun import Git
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,70 +21,40 @@ class Entry:
 
 
 class Repository:
-    """A git work tree. Every method raises PatchError naming the command when git fails."""
+    """A git work tree. Every method raises PatchError naming the command when git fails, DiskFullError or AccessError
+    when that is why.
+
+    Nothing is fetched here, not even by a clone that would do so by itself: an object is there or it is not.
+    """
 
     def __init__(self, root: Path) -> None:
-        try:
-            from git import Git  # here, because importing GitPython fails on a machine without git
-        except ImportError as error:
-            raise ToolchainError("git cannot be run", hint="Install git, then try again.") from error
         if not root.is_dir():
             raise PatchError(f"{root} is not a directory", hint="Fetch the source first.")
         self.root = root
-        self._git = Git(root)
-        # A tree without a .git of its own must not make git work on a repository that happens to be around it.
-        self._environment = {**_ENVIRONMENT, "GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}
+        # By name of its .git: a tree without one must not make git work on a repository that happens to be around it.
+        place = root.absolute()
+        self._git = Git(place / ".git", work_tree=place)
         self._entries: dict[str, dict[str, Entry]] = {}
 
     def run(
         self,
-        *args: str | Path,
+        *args: str,
         env: Mapping[str, str] | None = None,
-        stdin: BinaryIO | None = None,
+        stdin: bytes | None = None,
         accept: Sequence[int] = (0,),
     ) -> tuple[int, bytes]:
         """Run a git command; returns its status, one of `accept`, and its standard output."""
-        from git.exc import GitCommandNotFound
-
-        variables = {**self._environment, **(env or {})}
-        argv = ["git"]
-        for setting in _CONFIG:
-            argv += ["-c", setting]
-        argv += [str(arg) for arg in args]
-        # GitPython adds to the caller's environment and cannot take away; a GIT_DIR meant for the caller's
-        # shell would send us to another repository.
-        foreign = [name for name in os.environ if name.startswith("GIT_")]
-        if foreign:
-            argv = [
-                "env",
-                *(word for name in foreign for word in ("-u", name)),
-                *(f"{name}={value}" for name, value in variables.items()),
-                *argv,
-            ]
-        try:
-            result: Any = self._git.execute(
-                argv,
-                istream=stdin,
-                with_extended_output=True,
-                with_exceptions=False,
-                stdout_as_string=False,
-                strip_newline_in_stdout=False,
-                env=variables,
-            )
-        except GitCommandNotFound as error:
-            raise ToolchainError("git cannot be run", hint="Install git, then try again.") from error
-        status, stdout, stderr = result
+        status, stdout, stderr = self._git.attempt(*args, env=env, stdin=stdin)
         if status not in accept:
-            detail = stderr if isinstance(stderr, str) else bytes(stderr).decode("utf-8", "replace")
-            raise PatchError(
-                f"`git {' '.join(str(arg) for arg in args)}` failed in {self.root} (status {status}): "
-                f"{detail.strip()}"
-            )
-        return int(status), stdout if isinstance(stdout, bytes) else str(stdout).encode()
+            failure = self._git.failure(args, status, stderr)
+            if isinstance(failure, GitError):
+                raise PatchError(failure.message, hint=failure.hint) from failure
+            raise failure
+        return status, stdout
 
-    def text(self, *args: str | Path, env: Mapping[str, str] | None = None) -> str:
+    def text(self, *args: str, env: Mapping[str, str] | None = None, stdin: bytes | None = None) -> str:
         """Standard output of a git command, decoded and stripped."""
-        return self.run(*args, env=env)[1].decode("utf-8", "surrogateescape").strip()
+        return self.run(*args, env=env, stdin=stdin)[1].decode("utf-8", "surrogateescape").strip()
 
     def commit_of(self, name: str) -> str | None:
         """Full name of the commit that `name` stands for, or None when the repository does not have it."""
@@ -100,7 +64,7 @@ class Repository:
         return out.decode().strip() if status == 0 else None
 
     def has(self, oid: str) -> bool:
-        """Whether the object is there (or can be fetched lazily from a promisor)."""
+        """Whether the object is there."""
         return self.run("cat-file", "-e", oid, accept=(0, 1, 128))[0] == 0
 
     def blob(self, oid: str) -> bytes:
@@ -122,10 +86,7 @@ class Repository:
 
     def write_blob(self, data: bytes) -> str:
         """Store bytes as they are, without filters; returns the object name."""
-        with tempfile.TemporaryDirectory(prefix="kvpatch-") as folder:
-            file = Path(folder) / "blob"
-            file.write_bytes(data)
-            return self.text("hash-object", "-w", "--no-filters", "--", file)
+        return self.text("hash-object", "-w", "--no-filters", "--stdin", stdin=data)
 
     def commit(
         self, parent: str, files: Mapping[str, Entry], *, message: str, author: Mapping[str, str]
@@ -140,15 +101,15 @@ class Repository:
             for role in ("AUTHOR", "COMMITTER")
             for key, value in author.items()
         }
-        with tempfile.TemporaryDirectory(prefix="kvpatch-") as folder:
-            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        with _scratch() as folder:
+            index = {"GIT_INDEX_FILE": str(folder / "index")}
             self.run("read-tree", parent, env=index)
             self.update_index(files, env=index)
             # A mirror may lack large blobs that nobody needs; their names are still part of the tree.
             tree = self.text("write-tree", "--missing-ok", env=index)
-            text = Path(folder) / "message"
-            text.write_text(message, encoding="utf-8", newline="")
-            return self.text("commit-tree", tree, "-p", parent, "-F", text, env=identity)
+            return self.text(
+                "commit-tree", tree, "-p", parent, "-F", "-", env=identity, stdin=message.encode()
+            )
 
     def update_index(
         self, files: Mapping[str, Entry | None], *, env: Mapping[str, str] | None = None
@@ -156,21 +117,20 @@ class Repository:
         """Set entries of the index (None removes) without looking at the work tree."""
         if not files:
             return
-        with tempfile.TemporaryFile() as records:
-            for path, entry in files.items():
-                mode, oid = (entry.mode, entry.oid) if entry is not None else ("0", "0" * 40)
-                records.write(f"{mode} {oid}\t".encode() + path.encode("utf-8", "surrogateescape") + b"\0")
-            records.seek(0)
-            self.run("update-index", "-z", "--index-info", stdin=cast("BinaryIO", records), env=env)
+        records = bytearray()
+        for path, entry in files.items():
+            mode, oid = (entry.mode, entry.oid) if entry is not None else ("0", "0" * 40)
+            records += f"{mode} {oid}\t".encode() + path.encode("utf-8", "surrogateescape") + b"\0"
+        self.run("update-index", "-z", "--index-info", stdin=bytes(records), env=env)
 
     def merge_file(self, ours: bytes, base: bytes, theirs: bytes) -> bytes | None:
         """3-way merge of contents as git does it; None when there are conflicts."""
-        with tempfile.TemporaryDirectory(prefix="kvpatch-") as folder:
-            names = [Path(folder) / name for name in ("ours", "base", "theirs")]
+        with _scratch() as folder:
+            names = [folder / name for name in ("ours", "base", "theirs")]
             for name, data in zip(names, (ours, base, theirs), strict=True):
                 name.write_bytes(data)
             # The status is the number of conflicts; 255 is an error, such as binary content.
-            status, merged = self.run("merge-file", "-p", *names, accept=range(256))
+            status, merged = self.run("merge-file", "-p", *map(str, names), accept=range(256))
             return merged if status == 0 else None
 
     def renamed_to(self, path: str, old: str, new: str) -> str | None:
@@ -216,3 +176,12 @@ class Repository:
     def git_path(self, name: str) -> Path:
         """Where git keeps a file of its own (``info/exclude``), also in a linked work tree."""
         return self.root / self.text("rev-parse", "--git-path", name)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    with (
+        guard("write temporary files", Path(tempfile.gettempdir())),
+        tempfile.TemporaryDirectory(prefix="kvpatch-") as folder,
+    ):
+        yield Path(folder)

@@ -81,7 +81,7 @@ class WorkTree:
                 continue
             oid = None
             if file.is_file() and not file.is_symlink():
-                oid = self.repo.text("hash-object", "--path", path, "--", file)
+                oid = self.repo.text("hash-object", "--path", path, "--", str(file.absolute()))
             if any(path in tree and tree[path].oid == oid for tree in trees):
                 harmless.append(path)
             else:

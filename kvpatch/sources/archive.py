@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from kvpatch.sources.errors import CorruptArchiveError, UnsafeArchiveError, guard
+from kvpatch.errors import guard
+from kvpatch.sources.errors import CorruptArchiveError, UnsafeArchiveError
 
 MAX_TOTAL = 2 << 30  # bytes after decompression; llama.cpp's source distribution has 0.3 GiB
 MAX_MEMBERS = 200_000

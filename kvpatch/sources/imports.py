@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from kvpatch.errors import GitError, guard
+from kvpatch.gitrun import Git
 from kvpatch.sources.archive import Member, check_link, members
-from kvpatch.sources.errors import CorruptArchiveError, GitError, SpecError, UnsafeArchiveError, guard
-from kvpatch.sources.git import Git
+from kvpatch.sources.errors import CorruptArchiveError, SpecError, UnsafeArchiveError
 from kvpatch.sources.layout import Layout, short_id
 from kvpatch.sources.model import Progress, Upstream, silent
 

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import filelock
 
-from kvpatch.sources.errors import guard
-from kvpatch.sources.git import init_repository
+from kvpatch.errors import guard
+from kvpatch.gitrun import init_repository
 from kvpatch.sources.model import Progress, silent
 
 _TAG = (

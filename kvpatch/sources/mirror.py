@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvpatch.sources.errors import AccessError, GitError, MissingObjectsError, SpecError, guard
-from kvpatch.sources.git import Git, ObjectView
+from kvpatch.errors import AccessError, GitError, guard
+from kvpatch.gitrun import Git
+from kvpatch.sources.errors import MissingObjectsError, SpecError
 from kvpatch.sources.layout import Layout
 from kvpatch.sources.model import Pin, Upstream
 from kvpatch.sources.names import check_ref, is_commit, is_full_commit, unknown_ref
+from kvpatch.sources.objects import ObjectView
 
 _SPACES = ("refs/tags/", "refs/heads/", "refs/remotes/origin/")
 # More missing than this share of all files is no mirror with some large files left out but a blob-filtered clone.

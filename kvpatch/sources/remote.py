@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from kvpatch.sources.errors import GitError, MissingObjectsError, NetworkError, SpecError
-from kvpatch.sources.git import Git, ObjectView
+from kvpatch.errors import GitError
+from kvpatch.gitrun import Git
+from kvpatch.sources.errors import MissingObjectsError, NetworkError, SpecError
 from kvpatch.sources.layout import Layout, short_id
 from kvpatch.sources.model import Pin, Progress, Upstream, silent
 from kvpatch.sources.names import check_ref, is_commit, is_full_commit, unknown_ref
+from kvpatch.sources.objects import ObjectView
 
 _SCP_LIKE = re.compile(r"(?:[\w.-]+@)?[\w.-]+:(?!//)[^\\]+")
 _SCHEMES = ("https", "http", "ssh", "git", "file")

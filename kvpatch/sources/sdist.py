@@ -13,15 +13,9 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from kvpatch.errors import disk_full, guard
 from kvpatch.process import ProcessFailure, run
-from kvpatch.sources.errors import (
-    CorruptArchiveError,
-    NetworkError,
-    PinMismatchError,
-    SpecError,
-    disk_full,
-    guard,
-)
+from kvpatch.sources.errors import CorruptArchiveError, NetworkError, PinMismatchError, SpecError
 from kvpatch.sources.layout import Layout
 from kvpatch.sources.model import LLAMA_CPP, Pin, Progress, Upstream, silent
 from kvpatch.sources.names import unknown_ref

@@ -7,10 +7,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpatch.errors import SourceError
+from kvpatch.errors import SourceError, guard
 from kvpatch.sources import sdist
 from kvpatch.sources.archive import SUFFIXES, comment, is_archive
-from kvpatch.sources.errors import MissingObjectsError, NetworkError, PinMismatchError, SpecError, guard
+from kvpatch.sources.errors import MissingObjectsError, NetworkError, PinMismatchError, SpecError
 from kvpatch.sources.imports import Imports, below
 from kvpatch.sources.layout import Layout, short_id
 from kvpatch.sources.mirror import Mirror, absent_files, is_repository

@@ -19,8 +19,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvpatch.sources.errors import GitError, SpecError, WorkspaceError, guard
-from kvpatch.sources.git import Git, init_repository
+from kvpatch.errors import GitError, guard
+from kvpatch.gitrun import Git, init_repository
+from kvpatch.sources.errors import SpecError, WorkspaceError
 from kvpatch.sources.imports import NO_CONVERSION
 from kvpatch.sources.model import Kind
 

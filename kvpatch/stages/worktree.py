@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvpatch import hashing, paths
 from kvpatch.errors import SourceError
-from kvpatch.sources.git import Git
+from kvpatch.gitrun import Git
 
 _FINISHED = Path(".kvpatch") / "finished"
 _GENERATED = Path(".kvpatch") / "generated.json"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from patched_upstream import Upstream, c_file, git, insert_after
 
-from kvpatch.errors import PatchError
+from kvpatch.errors import DiskFullError, PatchError
+from kvpatch.gitrun import Git
 from kvpatch.patching import (
     ApplyReport,
     DirtyTreeError,
@@ -373,3 +374,43 @@ apply_series(Path({str(three.tree)!r}), {base!r}, load_series(Path({str(three.se
     assert git(three.tree, "status", "--porcelain") == ""
     assert b"hook" not in three.read("src/main.c")
     assert not (three.tree / ".kvpatch/journal").exists()
+
+
+def test_nothing_is_fetched_behind_our_back(three: Upstream, tmp_path: Path) -> None:
+    """A partial clone would fetch what it lacks on its own; here only `fetch_base` may bring anything."""
+    base = three.head()
+    git(three.tree, "config", "uploadpack.allowFilter", "true")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--no-checkout", "--filter=blob:none", three.tree.as_uri(), clone)
+    report = try_series(clone, base, three.patches())
+    assert report.patches[0].hunks[0].verdict is Verdict.FILE_GONE
+    assert "lacks its content" in report.patches[0].hunks[0].detail
+
+
+def test_disk_full_is_called_that(three: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = three.head()
+    before = snapshot(three.tree)
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskFullError, match="No space left"):
+            apply_series(three.tree, base, three.patches())
+    assert snapshot(three.tree) == before
+    assert apply_series(three.tree, base, three.patches()).ok
+
+
+def test_git_without_room_is_called_that(three: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = three.head()
+    real = Git.attempt
+
+    def attempt(self: Git, *args: Any, **kwargs: Any) -> tuple[int, bytes, str]:
+        if args[0] == "hash-object":
+            return 128, b"", "fatal: write error: No space left on device"
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Git, "attempt", attempt)
+    with pytest.raises(DiskFullError, match="hash-object"):
+        apply_series(three.tree, base, three.patches())

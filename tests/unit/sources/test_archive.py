@@ -15,15 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from kvpatch.errors import SourceError
+from kvpatch.errors import DiskFullError, SourceError
 from kvpatch.sources import Pin, Store, archive
-from kvpatch.sources.errors import (
-    CorruptArchiveError,
-    DiskFullError,
-    PinMismatchError,
-    SpecError,
-    UnsafeArchiveError,
-)
+from kvpatch.sources.errors import CorruptArchiveError, PinMismatchError, SpecError, UnsafeArchiveError
 
 from .conftest import FAKE, FakeUpstream, check_exact, fetch, fingerprint, git, times
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kvpatch.errors import ToolchainError
+from kvpatch.errors import AccessError, DiskFullError, GitError, ToolchainError, guard
+from kvpatch.gitrun import Git, init_repository, version
 from kvpatch.sources import Store
-from kvpatch.sources.errors import AccessError, DiskFullError, SourceError, guard
-from kvpatch.sources.git import Git, GitError, init_repository, version
+from kvpatch.sources.errors import SourceError
 from kvpatch.sources.layout import Layout
 
 from .conftest import FAKE, FakeUpstream, Server, check_exact, fetch, run_as_nobody

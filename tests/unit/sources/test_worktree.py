@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kvpatch.errors import AccessError, DiskFullError
 from kvpatch.sources import Store, Tree
-from kvpatch.sources.errors import AccessError, DiskFullError, WorkspaceError
+from kvpatch.sources.errors import WorkspaceError
 
 from .conftest import FAKE, FakeUpstream, check_exact, fetch, git, run_as_nobody, times
 

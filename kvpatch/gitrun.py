@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from kvpatch.errors import ToolchainError
+from kvpatch.errors import GitError, ToolchainError, access_denied, disk_full, guard
 from kvpatch.process import clean_environment
-from kvpatch.sources.errors import GitError, access_denied, disk_full, guard
 
 _OLDEST = (2, 31)  # GIT_CONFIG_COUNT, rev-parse --path-format, fetch --stdin
 _PROTOCOLS = "https:http:ssh:git:file"
@@ -114,12 +113,13 @@ class Git:
         self, *args: str, stdin: bytes | None = None, env: Mapping[str, str] | None = None
     ) -> tuple[int, bytes, str]:
         """Status, standard output and standard error of a command that may fail."""
-        driver, argv = self._command(args)
+        variables = {**self._env, **(env or {})}
+        driver, argv = self._command(args, variables)
         with _spooled(stdin) as stream:
             status, stdout, stderr = driver.execute(
                 argv,
                 istream=stream,
-                env={**self._env, **(env or {})},
+                env=variables,
                 with_extended_output=True,
                 with_exceptions=False,
                 stdout_as_string=False,
@@ -129,7 +129,7 @@ class Git:
 
     def watched(self, *args: str, on_line: Callable[[str], None], stdin: bytes | None = None) -> None:
         """Run a long command; `on_line` sees each line of its standard error, progress updates included."""
-        driver, argv = self._command(args)
+        driver, argv = self._command(args, self._env)
         errors: list[str] = []
         with _spooled(stdin) as stream:
             process: Any = driver.execute(
@@ -156,7 +156,7 @@ class Git:
 
         When `write` raises, the command is ended first.
         """
-        driver, argv = self._command(args)
+        driver, argv = self._command(args, self._env)
         reading, writing = os.pipe()
         with os.fdopen(writing, "wb") as sink:
             with os.fdopen(reading, "rb") as source:
@@ -190,13 +190,13 @@ class Git:
             f"`git {args[0]}` in {where} ended with status {status}: {detail}", status=status, stderr=stderr
         )
 
-    def _command(self, args: Sequence[str]) -> tuple[Any, list[str]]:
+    def _command(self, args: Sequence[str], variables: Mapping[str, str]) -> tuple[Any, list[str]]:
         program = executable()
         import git
 
         prefix: list[str] = []
         # GitPython starts from the whole environment of this process and can only add to it.
-        unwanted = sorted(set(os.environ) - set(clean_environment()) - set(self._env))
+        unwanted = sorted(set(os.environ) - set(clean_environment()) - set(variables))
         if unwanted:
             prefix = ["env", *(f"--unset={name}" for name in unwanted)]
         return git.Git(str(self.work_tree or self.git_dir)), [*prefix, program, *args]
@@ -207,52 +207,6 @@ def init_repository(git_dir: Path, *, bare: bool) -> None:
     git_dir.mkdir(parents=True, exist_ok=True)
     runner = Git(git_dir)
     runner.run("init", "--quiet", "--template=", "--object-format=sha1", *(("--bare",) if bare else ()))
-
-
-class ObjectView:
-    """Reads objects out of any object folders without opening the repositories they belong to.
-
-    An empty repository of our own looks through them as alternates, so neither their configuration counts (a
-    partial clone would fetch what it lacks) nor can anything be written there.
-    """
-
-    def __init__(self, empty: Path, *objects: Path) -> None:
-        self._git = Git(
-            empty, env={"GIT_ALTERNATE_OBJECT_DIRECTORIES": os.pathsep.join(map(_quoted, objects))}
-        )
-
-    def commit(self, name: str) -> str | None:
-        """Full name of a commit (abbreviations and annotated tags allowed), or None when it is not there."""
-        status, out, _ = self._git.attempt(
-            "rev-parse", "--quiet", "--verify", "--end-of-options", f"{name}^{{commit}}"
-        )
-        return out.decode().strip() if status == 0 else None
-
-    def seconds(self, commit: str) -> int:
-        """Committer time of a commit, in seconds since 1970 UTC."""
-        for line in self._git.run("cat-file", "commit", commit).splitlines():
-            if line.startswith(b"committer "):
-                return int(line.rsplit(b" ", 2)[1])
-        raise GitError(f"commit {commit} has no committer line")
-
-    def files(self, commit: str) -> dict[str, str]:
-        """Path -> blob of every file and symbolic link in a commit (submodules are left out)."""
-        out = self._git.run("ls-tree", "-r", "-z", "--full-tree", commit).decode("utf-8", "surrogateescape")
-        result: dict[str, str] = {}
-        for entry in filter(None, out.split("\0")):
-            meta, path = entry.split("\t", 1)
-            _mode, kind, oid = meta.split(" ")
-            if kind == "blob":
-                result[path] = oid
-        return result
-
-    def absent(self, oids: Sequence[str]) -> frozenset[str]:
-        """Those of the named objects that are not there."""
-        unique = sorted(set(oids))
-        out = self._git.run("cat-file", "--batch-check", stdin="".join(f"{o}\n" for o in unique).encode())
-        return frozenset(
-            line.split(" ")[0] for line in out.decode().splitlines() if line.endswith(" missing")
-        )
 
 
 def _environment(config: Mapping[str, str], *, network: bool) -> dict[str, str]:
@@ -303,13 +257,6 @@ def _finish(process: Any) -> None:
                 stream.close()
     # GitPython's wrapper would otherwise try to end the process again when it is collected.
     process.proc = None
-
-
-def _quoted(path: Path) -> str:
-    text = str(path)
-    if os.pathsep in text or text.startswith('"'):
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return text
 
 
 def _last_lines(stderr: str) -> str:
