@@ -1,6 +1,8 @@
 package kvcached
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"slices"
@@ -55,6 +57,10 @@ func Start(settings Settings, directories []string) (*Manager, error) {
 
 // Open is Start with a library at hand, and the ledger's path ("" for the user's own).
 func Open(settings Settings, library Library, path string) (*Manager, error) {
+	group, err := newGroup()
+	if err != nil {
+		return nil, err
+	}
 	ledger, err := library.OpenLedger(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the ledger of models' memory: %w", err)
@@ -62,7 +68,7 @@ func Open(settings Settings, library Library, path string) (*Manager, error) {
 	return &Manager{
 		settings: settings,
 		library:  library,
-		group:    fmt.Sprintf("ollama-%d", os.Getpid()),
+		group:    group,
 		ledger:   ledger,
 		caches:   map[int]*KVCache{},
 		names:    map[string]string{},
@@ -75,6 +81,16 @@ func (m *Manager) Close() {
 		cache.Free()
 	}
 	m.ledger.Close()
+}
+
+// newGroup makes the name under which this server's models share a limit, at most 31 bytes. The process id alone would be
+// shared by servers in containers of one user with one /dev/shm, where each of them is process 1.
+func newGroup() (string, error) {
+	var suffix [4]byte
+	if _, err := rand.Read(suffix[:]); err != nil {
+		return "", fmt.Errorf("kvcached: no random number for the name of this server's group: %w", err)
+	}
+	return fmt.Sprintf("ollama-%d-%s", os.Getpid(), hex.EncodeToString(suffix[:])), nil
 }
 
 // Settings are those the manager was opened with.

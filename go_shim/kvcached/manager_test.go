@@ -40,14 +40,14 @@ func TestAllocateAndFree(t *testing.T) {
 	if err := cache.Allocate(700); err != nil {
 		t.Fatal(err)
 	}
-	if got := ledger.slots[0]; got.Lease != 700 || got.Fixed != 600 || got.Name != "sha256-abc" || got.Group != fmt.Sprintf("ollama-%d", os.Getpid()) {
+	if got := ledger.slots[0]; got.Lease != 700 || got.Fixed != 600 || got.Name != "sha256-abc" || got.Group != manager.group {
 		t.Errorf("slot: %+v", got)
 	}
 	want := map[string]string{
 		"OLLAMA_KVCACHED_ENABLED": "true",
 		"KVCACHED_LEDGER":         "/dev/shm/fake",
 		"KVCACHED_SLOT":           "0",
-		"KVCACHED_GROUP":          fmt.Sprintf("ollama-%d", os.Getpid()),
+		"KVCACHED_GROUP":          manager.group,
 		"KVCACHED_LIMIT":          "1000",
 	}
 	if got := cache.Env(); fmt.Sprint(got) != fmt.Sprint(want) {
@@ -67,6 +67,26 @@ func TestAllocateAndFree(t *testing.T) {
 	}
 	if err := cache.Allocate(1000); err != nil {
 		t.Errorf("lease after free: %v", err)
+	}
+}
+
+// Two servers may have one process id, in containers that share a ledger; their models must not share a limit.
+func TestGroupsAreApart(t *testing.T) {
+	first, ledger := fakeManager(t, 10)
+	second, err := Open(Settings{Enabled: true, Limit: 10}, &fakeLibrary{ledger: ledger}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, manager := range []*Manager{first, second} {
+		if !strings.HasPrefix(manager.group, fmt.Sprintf("ollama-%d-", os.Getpid())) || len(manager.group) > 31 {
+			t.Errorf("group %q", manager.group)
+		}
+		if err := manager.NewKVCache("m", Need{}).Allocate(10); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(ledger.slots) != 2 {
+		t.Errorf("%+v", ledger.slots)
 	}
 }
 

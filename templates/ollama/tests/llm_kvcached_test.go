@@ -141,9 +141,12 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 	environment := kvcachedServer(t)
 	ledger := kvcachedManager(t, 1<<30)
 	path, f := kvcachedModel(t)
-	group := fmt.Sprintf("ollama-%d", os.Getpid())
 	variables := func(slot int) string {
-		return fmt.Sprintf("KVCACHED_GROUP=%s KVCACHED_LEDGER=/ledger KVCACHED_LIMIT=%d KVCACHED_SLOT=%d OLLAMA_KVCACHED_ENABLED=true", group, 1<<30, slot)
+		slots, _ := ledger.Slots()
+		if len(slots) != 1 || !strings.HasPrefix(slots[0].Group, fmt.Sprintf("ollama-%d-", os.Getpid())) {
+			t.Fatalf("while it runs: %+v", slots)
+		}
+		return fmt.Sprintf("KVCACHED_GROUP=%s KVCACHED_LEDGER=/ledger KVCACHED_LIMIT=%d KVCACHED_SLOT=%d OLLAMA_KVCACHED_ENABLED=true", slots[0].Group, 1<<30, slot)
 	}
 
 	runner, err := kvcachedRunner(path, f)
