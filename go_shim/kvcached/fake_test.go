@@ -25,10 +25,9 @@ func (l *fakeLibrary) OpenLedger(path string) (Ledger, error) {
 }
 
 type fakeLedger struct {
-	mu     sync.Mutex
-	slots  []Slot
-	fail   error
-	closed bool
+	mu    sync.Mutex
+	slots []Slot
+	fail  error
 }
 
 func (l *fakeLedger) Path() string { return "/dev/shm/fake" }
@@ -78,8 +77,6 @@ func (l *fakeLedger) Slots() ([]Slot, error) {
 	}
 	return slices.Clone(l.slots), nil
 }
-
-func (l *fakeLedger) Close() { l.closed = true }
 
 // set changes a slot as its child would.
 func (l *fakeLedger) set(index int, change func(*Slot)) {

@@ -18,7 +18,8 @@ type Library interface {
 	OpenLedger(path string) (Ledger, error)
 }
 
-// Ledger is an open ledger. A call that fails returns a *LibraryError.
+// Ledger is an open ledger, for the life of the process: its leases end with the process, however that ends. Calls may be
+// made from several goroutines. One that fails returns a *LibraryError.
 type Ledger interface {
 	Path() string
 	// Lease sets size bytes aside for a child in a slot of its own, fixed of them for what it holds outside the library.
@@ -28,7 +29,6 @@ type Ledger interface {
 	Unlease(slot int) error
 	// Slots lists the slots alive, of every group.
 	Slots() ([]Slot, error)
-	Close()
 }
 
 // Slot is a process's entry in the ledger. Sizes are bytes; Charge is what counts against the limit.
@@ -73,9 +73,6 @@ var ErrLimit error = &LibraryError{Name: "KVCACHED_E_LIMIT"}
 
 // ErrUnsupported is returned by Start in a build that has no way to libkvcached: nothing is loaded or changed.
 var ErrUnsupported = errors.New("this build of ollama cannot use libkvcached (it needs Linux and cgo); models are run as in stock Ollama")
-
-// errClosed answers calls on a ledger after Close.
-var errClosed = errors.New("kvcached: the ledger is closed")
 
 // openLibrary loads libkvcached from a file and checks its ABI. The generated cgo file sets it.
 var openLibrary func(path string) (Library, error)

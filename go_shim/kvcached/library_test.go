@@ -31,7 +31,6 @@ func realManager(t *testing.T, limit uint64) (*Manager, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(manager.Close)
 	return manager, ledger
 }
 
@@ -128,18 +127,6 @@ func TestRealLibraryChild(t *testing.T) {
 	cache.Free()
 	if slots, err := manager.ledger.Slots(); err != nil || len(slots) != 0 {
 		t.Errorf("%+v, %v", slots, err)
-	}
-}
-
-func TestRealLibraryClosed(t *testing.T) {
-	manager, _ := realManager(t, NoLimit)
-	cache := manager.NewKVCache("m", Need{})
-	manager.Close()
-	if err := cache.Allocate(1); !errors.Is(err, errClosed) {
-		t.Errorf("%v", err)
-	}
-	if _, err := manager.Stats(); !errors.Is(err, errClosed) {
-		t.Errorf("%v", err)
 	}
 }
 

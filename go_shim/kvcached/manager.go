@@ -75,14 +75,6 @@ func Open(settings Settings, library Library, path string) (*Manager, error) {
 	}, nil
 }
 
-// Close drops every lease and the ledger.
-func (m *Manager) Close() {
-	for _, cache := range m.held() {
-		cache.Free()
-	}
-	m.ledger.Close()
-}
-
 // newGroup makes the name under which this server's models share a limit, at most 31 bytes. The process id alone would be
 // shared by servers in containers of one user with one /dev/shm, where each of them is process 1.
 func newGroup() (string, error) {
@@ -135,16 +127,6 @@ func (m *Manager) BySlot(slot int) *KVCache {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.caches[slot]
-}
-
-func (m *Manager) held() []*KVCache {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	caches := make([]*KVCache, 0, len(m.caches))
-	for _, cache := range m.caches {
-		caches = append(caches, cache)
-	}
-	return caches
 }
 
 // Check says whether a model with this need could get its lease now: nil, or the *LimitError that Allocate would return.

@@ -287,19 +287,6 @@ func TestStart(t *testing.T) {
 	}
 }
 
-func TestCloseReturnsEveryLease(t *testing.T) {
-	manager, ledger := fakeManager(t, NoLimit)
-	for i := range 5 {
-		if err := manager.NewKVCache(fmt.Sprint(i), Need{}).Allocate(1); err != nil {
-			t.Fatal(err)
-		}
-	}
-	manager.Close()
-	if len(ledger.slots) != 0 || !ledger.closed {
-		t.Errorf("%+v", ledger.slots)
-	}
-}
-
 func TestConcurrentLeasesKeepTheLimit(t *testing.T) {
 	manager, ledger := fakeManager(t, 10)
 	var group sync.WaitGroup

@@ -30,7 +30,6 @@ type kvcachedLedger struct {
 func (l *kvcachedLedger) Version() string                            { return "test" }
 func (l *kvcachedLedger) OpenLedger(string) (kvcached.Ledger, error) { return l, nil }
 func (l *kvcachedLedger) Path() string                               { return "/ledger" }
-func (l *kvcachedLedger) Close()                                     {}
 
 func (l *kvcachedLedger) Slots() ([]kvcached.Slot, error) {
 	l.mu.Lock()

@@ -28,7 +28,6 @@ type budget struct {
 func (b *budget) Version() string                            { return "test" }
 func (b *budget) OpenLedger(string) (kvcached.Ledger, error) { return b, nil }
 func (b *budget) Path() string                               { return "test" }
-func (b *budget) Close()                                     {}
 
 func (b *budget) Slots() ([]kvcached.Slot, error) {
 	b.mu.Lock()
