@@ -1,0 +1,87 @@
+"""The llama.cpp series and its glue agree with each other, with libkvcached's header, and with what Ollama reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvpatch import generate
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = {
+    "version": "0.0.0",
+    "series": "test-0",
+    "ollama": {"version": "0.0.0", "commit": "0"},
+    "llama_cpp": {"commit": "0", "pin": "b0"},
+}
+# Text by which Ollama takes a log line or an error for a device that ran out, upon which it unloads every model.
+OLLAMA_TAKES_FOR_EXHAUSTION = (
+    "out of memory",
+    "out of device memory",
+    "malloc failed",
+    "failed to allocate",
+    "allocation failed",
+    "not enough memory",
+    "insufficient memory",
+)
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, str]:
+    return {f.dest: f.content.decode() for f in generate.render(ROOT, "llama.cpp", CONTEXT)}
+
+
+@pytest.fixture(scope="module")
+def added() -> list[str]:
+    """Lines the series adds, without the include lines."""
+    lines = []
+    for patch in sorted((ROOT / "patches" / "llama.cpp").glob("*.patch")):
+        diff = patch.read_text(encoding="utf-8").partition("\n---\n")[2]
+        lines += [x[1:].strip() for x in diff.splitlines() if x.startswith("+") and not x.startswith("+++")]
+    return [x for x in lines if not x.startswith("#include")]
+
+
+def test_everything_a_hook_calls_is_declared(files: dict[str, str], added: list[str]) -> None:
+    called = {name for line in added for name in re.findall(r"llama_kvcached::(\w+)\(", line)}
+    declared = set(re.findall(r"^\S.*?\b(\w+)\(.*", files["src/llama-kvcached.h"], re.MULTILINE))
+    assert called == {"alloc", "ensure", "settled", "copies_done", "prepare_update", "idle"}
+    assert called <= declared
+
+
+def test_each_added_line_is_one_hook_and_is_listed_in_the_header() -> None:
+    for patch in (ROOT / "patches" / "llama.cpp").glob("*.patch"):
+        head, _, diff = patch.read_text(encoding="utf-8").partition("\n---\n")
+        listed = re.findall(r"^Kvpatch-Hook: [^:]+: (.*)$", head, re.MULTILINE)
+        assert listed == [x[1:].strip() for x in diff.splitlines() if re.match(r"\+(?!\+\+)", x)]
+
+
+def test_functions_taken_from_the_library_are_in_its_header(files: dict[str, str]) -> None:
+    table = re.search(
+        r"#define LLAMA_KVCACHED_FUNCTIONS\(X\)(.*?)\n\n", files["src/kvcached-internal.h"], re.DOTALL
+    )
+    assert table
+    taken = set(re.findall(r"X\((\w+)\)", table.group(1)))
+    offered = set(re.findall(r"\bkvcached_(\w+)\(", files["src/kvcached.h"]))
+    assert len(taken) > 10
+    assert taken <= offered
+    used = {
+        name
+        for dest, text in files.items()
+        if dest.startswith("src/models/")
+        for name in re.findall(r"\blib\.(\w+)\(", text)
+    }
+    assert used - taken == set()
+    assert taken - used == {"abi_version"}  # called on the table itself while loading
+
+
+def test_no_message_reads_like_an_exhausted_device(files: dict[str, str]) -> None:
+    for dest, text in files.items():
+        for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', text):
+            for phrase in OLLAMA_TAKES_FOR_EXHAUSTION:
+                assert phrase not in literal.lower(), (dest, literal)
+
+
+def test_only_sources_that_upstream_globs_need_to_be_compiled(files: dict[str, str]) -> None:
+    assert all(re.fullmatch(r"src/models/[^/]+", dest) for dest in files if dest.endswith(".cpp"))
