@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from kvpatch import hashing
+from kvpatch import hashing, paths
 from kvpatch.errors import GenerateError
 
 if sys.version_info >= (3, 11):
@@ -88,8 +88,7 @@ def write(files: tuple[Generated, ...], tree: Path) -> tuple[str, ...]:
         try:
             if path.is_file() and path.read_bytes() == file.content:
                 continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.content)
+            paths.write_whole(path, file.content)
         except OSError as error:
             raise GenerateError(f"cannot write generated file {path}: {error.strerror or error}") from error
         changed.append(file.dest)

@@ -1,8 +1,10 @@
-"""Where kvpatch keeps things: the data it ships, and the cache it fills."""
+"""Where kvpatch keeps things, the data it ships and the cache it fills, and how a file gets there whole."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 
 import platformdirs
@@ -27,15 +29,22 @@ def data_dir() -> Path:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once, with its folder: a reader, or a run after a crash, finds it old or new and never torn.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file at once, with its folder: a reader, or a run after a crash, finds it old or new and never torn.
 
-    Raises OSError.
+    Text becomes UTF-8, with the bytes of undecodable file names as they were. Raises OSError.
     """
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    # A name of its own for each writer: two of them must not write into one half-made file.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def cache_root(override: Path | None = None) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import filelock
 
+from kvpatch import paths
 from kvpatch.errors import PatchError, guard
 from kvpatch.patching.errors import PatchFailure
 from kvpatch.patching.evaluate import View, count_hooks, evaluate
@@ -179,7 +180,6 @@ def _write_state(state: Path, report: ApplyReport, patches: Sequence[Patch]) -> 
     for patch, result in zip(patches, report.patches, strict=True):
         if result.status.ok:
             continue
-        rejects.mkdir(exist_ok=True)
         _write(rejects / patch.name, _reject(patch, result))
 
 
@@ -200,4 +200,4 @@ def _reject(patch: Patch, result: PatchReport) -> bytes:
 
 def _write(file: Path, data: bytes) -> None:
     if not file.exists() or file.read_bytes() != data:
-        file.write_bytes(data)
+        paths.write_whole(file, data)

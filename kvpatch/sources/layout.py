@@ -29,6 +29,7 @@ from pathlib import Path
 
 import filelock
 
+from kvpatch import paths
 from kvpatch.errors import guard
 from kvpatch.gitrun import init_repository
 from kvpatch.sources.model import Progress, silent
@@ -56,9 +57,7 @@ class Layout:
             self.root.mkdir(parents=True, exist_ok=True)
             tag = self.root / "CACHEDIR.TAG"
             if not tag.is_file():
-                with self.incoming() as folder:
-                    (folder / "tag").write_text(_TAG, encoding="utf-8", newline="\n")
-                    (folder / "tag").replace(tag)
+                paths.write_whole(tag, _TAG)
 
     def repository(self, folder: str, name: str) -> Path:
         """A bare repository `folder`/`name`.git, empty when new."""
@@ -130,16 +129,10 @@ class Layout:
                 digest.update(chunk)
         value = digest.hexdigest()
         if started - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS:
-            self.write_json(stamp, {"file": identity, "sha256": value})
+            self.prepare()
+            with guard("write in the cache folder", stamp):
+                paths.write_whole(stamp, json.dumps({"file": identity, "sha256": value}))
         return value
-
-    def write_json(self, path: Path, value: object) -> None:
-        """Write a small JSON file inside the cache, whole or not at all."""
-        self.prepare()
-        with guard("write in the cache folder", path), self.incoming() as folder:
-            path.parent.mkdir(exist_ok=True)
-            (folder / "json").write_text(json.dumps(value), encoding="utf-8")
-            (folder / "json").replace(path)
 
 
 def _sweep(incoming: Path) -> None:

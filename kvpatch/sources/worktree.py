@@ -19,6 +19,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvpatch import paths
 from kvpatch.errors import GitError, guard
 from kvpatch.gitrun import Git, init_repository
 from kvpatch.sources.errors import SpecError, WorkspaceError
@@ -172,7 +173,7 @@ class Worktree:
             shallow = self.git_dir / "shallow"
             known = shallow.read_text(encoding="ascii").split() if shallow.is_file() else []
             if commit not in known:
-                _replace(shallow, "".join(f"{oid}\n" for oid in [*known, commit]))
+                paths.write_whole(shallow, "".join(f"{oid}\n" for oid in [*known, commit]))
         if name is not None:
             self._git.run("update-ref", f"refs/tags/{name}", commit)
 
@@ -183,8 +184,8 @@ class Worktree:
             if not (self.git_dir / _RECORD).is_file():
                 made = Path(tempfile.mkdtemp(prefix=_HALF_MADE, dir=self.path))
                 init_repository(made, bare=True)
-                (made / "config").write_text(_CONFIG, encoding="utf-8")
-                _replace(made / _RECORD, "{}")
+                paths.write_whole(made / "config", _CONFIG)
+                paths.write_whole(made / _RECORD, "{}")
                 made.chmod(0o755)
                 made.rename(self.git_dir)
             for name in (*_LEFT_BY_KILLED, *_UNFINISHED):
@@ -194,7 +195,7 @@ class Worktree:
                 else:
                     path.unlink(missing_ok=True)
             # From here on the tree is in no state that anybody may use, until the end of check_out.
-            _replace(self.git_dir / _RECORD, "{}")
+            paths.write_whole(self.git_dir / _RECORD, "{}")
             for name, text in (
                 ("objects/info/alternates", f"{record.objects}\n"),
                 ("info/attributes", NO_CONVERSION),
@@ -202,9 +203,8 @@ class Worktree:
                 ("shallow", f"{record.base_commit}\n"),
             ):
                 path = self.git_dir / name
-                path.parent.mkdir(exist_ok=True)
                 if not path.is_file() or path.read_text(encoding="utf-8") != text:
-                    _replace(path, text)
+                    paths.write_whole(path, text)
 
     def _leave_out(self, missing: tuple[str, ...]) -> bool:
         self._git.run("config", "core.sparseCheckout", "true" if missing else "false")
@@ -213,7 +213,7 @@ class Worktree:
             if not missing:
                 patterns.unlink(missing_ok=True)
                 return False
-            _replace(patterns, "/*\n" + "".join(f"!/{_literal(path)}\n" for path in missing))
+            paths.write_whole(patterns, "/*\n" + "".join(f"!/{_literal(path)}\n" for path in missing))
             for path in missing:
                 place = self.path / path
                 if place.is_symlink() or place.is_file():
@@ -228,13 +228,7 @@ class Worktree:
 
     def _write(self, record: Record) -> None:
         with guard("record the source tree", self.git_dir):
-            _replace(self.git_dir / _RECORD, json.dumps(asdict(record), indent=1))
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
-    new.replace(path)
+            paths.write_whole(self.git_dir / _RECORD, json.dumps(asdict(record), indent=1))
 
 
 def _literal(path: str) -> str:

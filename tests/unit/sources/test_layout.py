@@ -135,7 +135,7 @@ def test_old_unfinished_folders_are_swept(tmp_path: Path) -> None:
     layout.prepare()
     old, new = layout.root / "incoming/old", layout.root / "incoming/new"
     for folder in (old, new):
-        folder.mkdir()
+        folder.mkdir(parents=True)
     os.utime(old, (1, 1))
     with layout.incoming():
         pass

@@ -238,7 +238,7 @@ def test_no_room_for_python_files(
         raise OSError(28, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(DiskFullError, match="No space left"):
             store.materialize(resolved, tmp_path / "tree")
     check_exact(store.materialize(resolved, tmp_path / "tree"), upstream.bare, "v0.1.0")
