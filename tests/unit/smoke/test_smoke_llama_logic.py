@@ -197,12 +197,22 @@ def test_demo_says_what_is_not_as_promised(
     mapped: tuple[int, ...], equal: tuple[bool | None, ...], says: str | None
 ) -> None:
     rows = [_row(m, n * _STEP, e) for m, n, e in zip(demo.MOMENTS, mapped, equal, strict=True)]
-    problems = demo._problems(rows)
+    problems = demo._problems(rows, 0.99)
     if says is None:
         assert problems == ()
     else:
         assert len(problems) == 1
         assert says in problems[0]
+
+
+def test_demo_fails_when_the_fall_takes_too_long() -> None:
+    rows = [
+        _row(m, n * _STEP, e)
+        for m, n, e in zip(demo.MOMENTS, (0, 1, 5, 0), (None, True, True, True), strict=True)
+    ]
+    assert demo._problems(rows, 1.0) == ()
+    (problem,) = demo._problems(rows, 1.24)
+    assert "fell 1.24 s after release, 1 s is promised" in problem
 
 
 def test_demo_reads_a_stock_cache_as_a_run_of_present_pages(monkeypatch: pytest.MonkeyPatch) -> None:
