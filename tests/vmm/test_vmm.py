@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 VMM = ROOT / "vmm"
 HEADER = VMM / "include" / "kvcached.h"
-SUITES = ("pages", "region", "faults", "ledger", "files", "processes", "threads")
+SUITES = ("pages", "region", "system", "faults", "ledger", "files", "processes", "threads")
 SANITIZERS = {
     "plain": [],
     "asan": ["-fsanitize=address,undefined"],
