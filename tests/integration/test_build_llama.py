@@ -45,7 +45,9 @@ def test_a_second_build_does_nothing(built: dict[str, Any], kvpatch: Kvpatch, ou
 
 def test_the_demo_shows_equal_tokens_and_a_cache_that_shrinks(kvpatch: Kvpatch) -> None:
     report = kvpatch("demo")["data"]["report"]
-    assert report["ok"]
+    assert report["ok"], report["problems"]
+    assert report["tokens_equal"]
+    assert report["distinct"] >= 32
     rows = report["rows"]
     assert all(row["tokens_equal"] in (True, None) for row in rows)
     assert rows[0]["elastic_mapped"] < rows[0]["stock_mapped"]
