@@ -53,7 +53,7 @@ class Store:
         `spec` is a git URL, the path of a repository (bare or not; its uncommitted files do not count), of a
         folder without git (taken as it is) or of an archive, ``sdist``, ``sdist:VERSION`` or ``sdist:FILE``
         for llama.cpp, or None for the upstream's own URL. A URL is asked only when the cache has no commit
-        that agrees with the pin. Raises a subclass of SourceError (sources/errors.py); the cache stays
+        that agrees with the pin. Raises a subclass of SourceError; the cache stays
         usable.
         """
         self._upstreams[upstream.name] = upstream
