@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvpatch import paths
+from kvpatch import paths, smoke
 
 Kvpatch = Callable[..., "dict[str, Any]"]
 
@@ -35,3 +35,20 @@ def kvpatch(shared_cache: Path) -> Kvpatch:
         return envelope
 
     return run
+
+
+@pytest.fixture(scope="session")
+def stock(kvpatch: Kvpatch, shared_cache: Path) -> smoke.Install:
+    """An unpatched llama-server, where the demonstration builds it too."""
+    out = shared_cache / "demo" / "stock"
+    kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--stock", "--out", out)
+    return smoke.Install.detect(out)
+
+
+@pytest.fixture(scope="session")
+def patched(kvpatch: Kvpatch, shared_cache: Path, stock: smoke.Install) -> smoke.Install:
+    """The patched one. After the stock one, since both compile in one workspace and the later tests need this state."""
+    del stock
+    out = shared_cache / "demo" / "elastic"
+    kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--out", out)
+    return smoke.Install.detect(out)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvpatch import smoke
 from tests.integration.conftest import Kvpatch
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(3600)]
@@ -20,7 +21,7 @@ def out(shared_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(kvpatch: Kvpatch, out: Path) -> dict[str, Any]:
+def built(kvpatch: Kvpatch, out: Path, patched: smoke.Install) -> dict[str, Any]:
     envelope: dict[str, Any] = kvpatch("build", "--llama-cpp", "sdist", "--out", out)
     return envelope
 

@@ -1,13 +1,10 @@
 """The hooks beyond what smoke covers (one slot): several slots, cache types, save and restore, stream copies, shifts
 that need other slots' pages, and limits reached half-way. Stock answers are the reference, log-probabilities included.
-
-Needs two finished installs, named in the environment: see the variables below.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +20,7 @@ from kvpatch.smoke.server import Server, ServerSpec, serve
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(1800)]
 
-PATCHED, STOCK = "KVPATCH_TEST_INSTALL_LLAMA", "KVPATCH_TEST_INSTALL_STOCK"
+PATCHED, STOCK = "patched", "stock"
 ONE = ("-np", "1")
 UNIFIED = ("-np", "4", "--kv-unified", "--no-cache-idle-slots")
 SPLIT = ("-np", "4", "--no-kv-unified", "--no-cache-idle-slots")
@@ -31,13 +28,6 @@ SLOTS = {"one": ONE, "unified": UNIFIED, "split": SPLIT}
 KIB = 1024
 # Bytes of one 256-cell step of the tiny llama model in K and V of all layers, f16.
 STEP = 256 * KIB
-
-
-def _server(variable: str) -> Path:
-    root = os.environ.get(variable)
-    if not root:
-        pytest.skip(f"{variable} does not name an install to test")
-    return smoke.Install.detect(Path(root)).llama_server
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +45,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Pair:
     """Runs one scenario on both servers."""
 
-    def __init__(self, folder: Path, models: dict[str, Path]) -> None:
-        self.folder, self.models = folder, models
+    def __init__(self, folder: Path, models: dict[str, Path], servers: dict[str, Path]) -> None:
+        self.folder, self.models, self.servers = folder, models, servers
 
     def run(
         self,
-        variable: str,
+        side: str,
         words: Sequence[str],
         scenario: Callable[[Server], Any],
         *,
@@ -68,8 +58,8 @@ class Pair:
         **env: str,
     ) -> tuple[Any, str]:
         """The scenario's value and the server's log."""
-        executable = _server(variable)
-        on = variable == PATCHED
+        executable = self.servers[side]
+        on = side == PATCHED
 
         def argv(port: int) -> Sequence[str | Path]:
             return (
@@ -113,8 +103,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, models: dict[str, Path]) -> Pair:
-    return Pair(tmp_path, models)
+def pair(tmp_path: Path, models: dict[str, Path], stock: smoke.Install, patched: smoke.Install) -> Pair:
+    return Pair(tmp_path, models, {STOCK: stock.llama_server, PATCHED: patched.llama_server})
 
 
 def ask(server: Server, prompt: int, salt: int, answer: int, slot: int = 0) -> Any:

@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvpatch import smoke
-from tests.integration.conftest import Kvpatch
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(3600)]
-
-
-@pytest.fixture
-def stock(kvpatch: Kvpatch, shared_cache: Path) -> smoke.Install:
-    # Where the demonstration builds it too, so that it is built once.
-    out = shared_cache / "demo" / "stock"
-    kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--stock", "--out", out)
-    return smoke.Install.detect(out)
 
 
 def test_a_stock_server_that_poses_as_patched_fails(stock: smoke.Install, tmp_path: Path) -> None:
