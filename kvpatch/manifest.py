@@ -41,7 +41,6 @@ def build(plan: Plan, values: Mapping[str, dict[str, Any]], flags: Mapping[str, 
         "generated": values["generate"],
         "flags": dict(flags),
         "artifacts": artifacts,
-        "not_reproducible": {},
         "smoke": smoke,
     }
 
