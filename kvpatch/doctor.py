@@ -106,9 +106,7 @@ def _tool(requirement: toolchain.Requirement, tools_dir: Path) -> Finding:
 
 
 def _cache(cache: Path) -> Finding:
-    place = cache
-    while not place.exists():
-        place = place.parent
+    place = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))  # noqa: PTH110 - never raises
     free = shutil.disk_usage(place).free
     text = f"{cache}, {free / 1e9:.1f} GB free"
     if not os.access(place, os.W_OK):

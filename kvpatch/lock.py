@@ -26,10 +26,10 @@ def write(plan: Plan, path: Path) -> None:
         raise UsageError(f"cannot write the lock file {path}: {error.strerror or error}") from error
 
 
-def check(plan: Plan, path: Path) -> None:
-    """Raise VerifyError naming each difference between `plan` and the lock file; UsageError when there is none."""
+def read(path: Path) -> Any:
+    """What the lock file holds. Raises UsageError when there is none or it cannot be read."""
     try:
-        locked = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UsageError(
             f"--locked: there is no {path}", hint=f"write it with `kvpatch build --lock {path} ...`"
@@ -38,6 +38,11 @@ def check(plan: Plan, path: Path) -> None:
         raise UsageError(
             f"--locked: {path} cannot be read: {error}", hint="write it again with --lock"
         ) from error
+
+
+def check(plan: Plan, path: Path) -> None:
+    """Raise VerifyError naming each difference between `plan` and the lock file; UsageError as `read` does."""
+    locked = read(path)
     differences = list(_differences("", locked, content(plan)))
     if differences:
         raise VerifyError(
@@ -53,5 +58,10 @@ def _differences(where: str, locked: Any, planned: Any) -> list[str]:
         for key in sorted(locked.keys() | planned.keys()):
             name = f"{where}.{key}" if where else key
             found += _differences(name, locked.get(key), planned.get(key))
+        return found
+    if isinstance(locked, list) and isinstance(planned, list) and len(locked) == len(planned):
+        found = []
+        for number, (one, other) in enumerate(zip(locked, planned, strict=True), 1):
+            found += _differences(f"{where}[{number}]", one, other)
         return found
     return [] if locked == planned else [f"{where}: locked {locked!r}, planned {planned!r}"]

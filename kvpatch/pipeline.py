@@ -153,7 +153,7 @@ def run(plan: Plan, events: Events, *, first: str | None = None, last: str | Non
         state = _State.load(plan)
         due = _due(context, keys, state, first, last)
         if "compile" in due:
-            output.check_replaceable(plan.out)
+            output.prepare(plan.out)
         for stage in _selected(last):
             began = time.monotonic()
             if stage.name not in due:
@@ -202,6 +202,13 @@ def _execute(stage: Stage, context: Context, state: _State, key: str) -> None:
 
 def _selected(last: str | None) -> tuple[Stage, ...]:
     return STAGES if last is None else STAGES[: _index(last, "--until") + 1]
+
+
+def check_names(first: str | None, last: str | None) -> None:
+    """Raise UsageError for a --from or --until that names no stage, before anything is looked at."""
+    for name, option in ((first, "--from"), (last, "--until")):
+        if name is not None:
+            _index(name, option)
 
 
 def _index(name: str, option: str) -> int:

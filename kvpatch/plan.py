@@ -15,6 +15,7 @@ from kvpatch import __version__, hashing, paths, pins, toolchain
 from kvpatch.errors import PatchError, SourceError, UsageError
 from kvpatch.patching import Patch, load_series
 from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
+from kvpatch.stages import output
 
 BACKENDS = ("cpu",)
 SDIST = "sdist"
@@ -165,7 +166,9 @@ def make(request: Request, *, progress: Progress) -> Plan:
         llama_ref = request.llama_cpp
     llama_cpp = _llama_cpp(known, store, request, llama_ref, progress)
     if release is not None:
+        assert ollama is not None
         status, warnings = _pin_status(release, llama_cpp, request)
+        warnings = (*_ollama_pin(release, ollama, request), *warnings)
     else:
         status, warnings = ("pinned" if llama_cpp.verified else "tag"), ()
     date = known.llama_cpp_date(llama_cpp.ref) or known.llama_cpp_date(llama_cpp.commit) or llama_cpp.date
@@ -233,6 +236,7 @@ def _check(request: Request) -> None:
                 f"backend {backend!r} cannot be built by this version of kvpatch; it builds: {', '.join(BACKENDS)}",
                 hint="libkvcached has no CUDA pages yet, so a CUDA build would not be elastic",
             )
+    output.check_replaceable(request.out.expanduser().absolute())
     if request.jobs is not None and request.jobs < 1:
         raise UsageError(
             f"--jobs {request.jobs}: at least 1 is needed", hint="leave --jobs out to use every core"
@@ -291,6 +295,22 @@ def _llama_cpp(
     commit = next((build.commit for build in known.llama_cpp if build.build == ref), None)
     return store.resolve(
         LLAMA_CPP, spec, Pin(ref=ref, commit=commit, date=known.llama_cpp_date(ref)), progress=progress
+    )
+
+
+def _ollama_pin(release: pins.OllamaRelease, ollama: Resolved, request: Request) -> tuple[str, ...]:
+    # A folder, or an archive that does not say its commit, cannot be held against the release's commit.
+    if ollama.verified or ollama.commit == release.commit:
+        return ()
+    text = (
+        f"{ollama.location} ({ollama.kind}) does not tell its commit, so nothing shows that it is Ollama "
+        f"{release.version} ({release.commit[:12]})"
+    )
+    if request.allow_pin_mismatch:
+        return (f"{text}; it is taken as it is",)
+    raise SourceError(
+        text,
+        hint="give a repository, or an archive made by `git archive`; or accept this one with --allow-pin-mismatch",
     )
 
 

@@ -49,6 +49,9 @@ def _build(
     lock_file: Path | None = None,
 ) -> None:
     screen: Screen = context.obj
+    pipeline.check_names(first, last)
+    if locked:
+        lock.read(lock_file or lock.DEFAULT)
     decided = plan.make(request, progress=screen.note)
     events = screen.events()
     for warning in decided.warnings:

@@ -36,7 +36,8 @@ LlamaCppSourceOption = Annotated[
     typer.Option(
         "--llama-cpp-source",
         metavar="PATH|URL|sdist",
-        help="The same for llama.cpp; `sdist` takes it out of the pinned llama-cpp-python source distribution.",
+        help="Git URL, local repository, folder or archive of llama.cpp; `sdist` takes it out of the pinned "
+        "llama-cpp-python source distribution.",
     ),
 ]
 BackendOption = Annotated[list[str] | None, typer.Option("--backend", help="What to build for: cpu.")]

@@ -37,9 +37,9 @@ class Install:
     def detect(cls, root: Path) -> Install:
         """The install in `root`. Raises UsageError when there is none, or when one is incomplete."""
         root = root.absolute()
-        if not root.is_dir():
+        if not os.access(root, os.R_OK | os.X_OK) or not root.is_dir():
             raise UsageError(
-                f"{root} is not a folder",
+                f"{root} is not a folder that can be read",
                 hint="name the folder a build was written to, e.g. `kvpatch smoke out/`",
             )
         ollama = root / "bin" / "ollama"

@@ -76,7 +76,7 @@ class Store:
             kind="path",
             location=str(path),
             ref=pin.ref,
-            commit=pin.commit or "",
+            commit=(pin.commit or "") if pin.tree is not None else "",
             key=f"tree:{tree}",
             date=pin.date,
             verified=pin.tree is not None,
@@ -257,15 +257,16 @@ class Store:
             claimed = comment(stream, path.name)
         if claimed:
             check_commit(upstream, pin, claimed, str(path))
+        verified = pin.sha256 is not None or pin.tree is not None
         return Resolved(
             upstream=upstream.name,
             kind="archive",
             location=str(path),
             ref=pin.ref,
-            commit=claimed or pin.commit or "",
+            commit=claimed or ((pin.commit or "") if verified else ""),
             key=f"sha256:{digest}",
             date=pin.date,
-            verified=pin.sha256 is not None or pin.tree is not None,
+            verified=verified,
             tree=pin.tree,
         )
 

@@ -60,11 +60,11 @@ def _check_profile(context: Context) -> None:
         if pinned != context.plan.release.llama_cpp:
             raise SourceError(
                 f"LLAMA_CPP_VERSION in the tree says {pinned}, patches/pins.toml says {context.plan.release.llama_cpp}",
-                hint="the tag was moved or pins.toml is wrong; compare both with upstream",
+                hint="the source is another release, its tag was moved, or pins.toml is wrong; compare with upstream",
             )
         return
     raise SourceError(
-        f"{context.plan.name} is not of the llama-server profile (no llm/llama_server.go), "
-        "the one this kvpatch has a series for",
-        hint="releases from v0.30.0 on have it: `kvpatch versions`",
+        f"what was given as {context.plan.name} is not Ollama's source of the llama-server profile "
+        "(no llm/llama_server.go), the one this kvpatch has a series for",
+        hint="releases from v0.30.0 on have it: `kvpatch versions`; compare --ollama-source",
     )

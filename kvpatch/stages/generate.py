@@ -11,6 +11,8 @@ from kvpatch import __version__, generate
 from kvpatch.stages import mtimes, worktree
 from kvpatch.stages.context import Context, Value
 
+_UNKNOWN = "commit not known"
+
 
 def template_context(context: Context) -> dict[str, Any]:
     """The values that templates may use."""
@@ -19,11 +21,11 @@ def template_context(context: Context) -> dict[str, Any]:
         "version": __version__,
         "series": plan.series_id,
         "llama_cpp": {
-            "commit": plan.llama_cpp.commit,
+            "commit": plan.llama_cpp.commit or _UNKNOWN,
             "pin": plan.release.llama_cpp if plan.release else plan.llama_cpp.ref,
         },
         "ollama": {
-            "commit": plan.ollama.commit if plan.ollama else "",
+            "commit": (plan.ollama.commit or _UNKNOWN) if plan.ollama else "",
             "version": plan.release.semver if plan.release else "",
         },
     }

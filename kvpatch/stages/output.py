@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,20 @@ def unchanged(root: Path, artifacts: list[dict[str, Any]]) -> bool:
 
 def check_replaceable(out: Path) -> None:
     """Raise UsageError unless `out` is absent, empty, or an earlier build of ours with nothing added."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"--out {out} is not a folder", hint="name another folder")
+    try:
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise UsageError(f"--out {out} is not a folder", hint="name another folder")
+        place = next(folder for folder in (out, *out.parents) if folder.exists())
+        # The folder itself is replaced, so its parent must be writable too.
+        writable = all(
+            os.access(folder, os.W_OK) for folder in {place, out.parent if out.exists() else place}
+        )
+    except PermissionError as error:
+        raise UsageError(
+            f"--out {out}: {error.filename} may not be entered", hint="name another folder"
+        ) from error
+    if not writable:
+        raise UsageError(f"--out {out}: {place} is not writable", hint="name another folder")
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         ours = {row["path"] for row in manifest["artifacts"]}
@@ -73,6 +87,21 @@ def check_replaceable(out: Path) -> None:
             + ", ".join(foreign[:5]),
             hint="move them away, or name an empty or new folder",
         )
+
+
+def prepare(out: Path) -> None:
+    """Make the folder that `out` will stand in, before minutes are spent on what goes there.
+
+    Raises UsageError when that cannot be, or when `check_replaceable` says no.
+    """
+    check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.").cleanup()
+    except OSError as error:
+        raise UsageError(
+            f"--out {out} cannot be written: {error.strerror or error}", hint="name another folder"
+        ) from error
 
 
 def replace(staging: Path, out: Path) -> None:

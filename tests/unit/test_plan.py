@@ -76,6 +76,20 @@ def test_any_other_is_refused_until_it_is_allowed(
     assert warnings
 
 
+def test_an_ollama_that_does_not_tell_its_commit_is_refused_until_it_is_allowed(
+    release: pins.OllamaRelease,
+) -> None:
+    request = plan.Request(out=Path("out"))
+    known = llama_cpp(upstream="ollama", ref=release.version, commit=release.commit, verified=True)
+    assert plan._ollama_pin(release, known, request) == ()
+    folder = replace(known, kind="path", commit="", verified=False)
+    with pytest.raises(SourceError, match="does not tell its commit") as caught:
+        plan._ollama_pin(release, folder, request)
+    assert caught.value.exit_code == 4
+    (warning,) = plan._ollama_pin(release, folder, replace(request, allow_pin_mismatch=True))
+    assert "taken as it is" in warning
+
+
 def test_a_workspace_is_named_by_sources_and_not_by_patches(make_plan: MakePlan) -> None:
     base = make_plan()
     assert make_plan(stock=True).workspace == base.workspace

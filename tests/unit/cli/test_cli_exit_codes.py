@@ -45,6 +45,32 @@ class TestExitCodes:
         assert "next:" in text.err
         assert text.out == ""
 
+    def test_an_unusable_out_is_told_before_anything_runs(
+        self, build: Callable[..., int], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # Nobody may make a folder in /proc, root included.
+        assert build("--out", "/proc/kvpatch-out") == 2
+        assert "cannot be written" in capsys.readouterr().err
+        assert not list((cache / "work").glob("*/llama.cpp"))
+        foreign = tmp_path / "photos"
+        foreign.mkdir()
+        (foreign / "cat.jpg").touch()
+        assert build("--out", str(foreign), "--plan") == 2
+        assert "would be lost" in capsys.readouterr().err
+
+    def test_a_stage_that_does_not_exist_is_told_before_the_source_is_looked_at(
+        self, cache: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for words in (
+            ["--from", "nonsense"],
+            ["--until", "nonsense"],
+            ["--locked", "--lock", "/no/such/lock"],
+        ):
+            assert (
+                cli.run(["build", "--llama-cpp", "b7", "--llama-cpp-source", "/no/such/source", *words]) == 2
+            )
+        assert "no such stage" in capsys.readouterr().err
+
     def test_toolchain(
         self,
         build: Callable[..., int],
