@@ -26,8 +26,8 @@ class Verification:
 
 
 def build(plan: Plan, values: Mapping[str, dict[str, Any]], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of a build as a value. No time and no path of this machine is in it, so equal builds give equal
-    manifests up to the smoke figures."""
+    """The manifest of a build as a value. Apart from the smoke report no time and no path of this machine is
+    in it, so equal builds give equal manifests."""
     artifacts = [{k: v for k, v in row.items() if k != "mtime_ns"} for row in values["compile"]["artifacts"]]
     smoke = values.get("smoke", {}).get("report")
     return {

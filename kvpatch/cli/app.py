@@ -167,14 +167,7 @@ def _smoke(
     install = smoke.Install.detect(directory)
     work = work_dir or paths.cache_root(cache_dir) / "smoke"
     report = smoke.run(install, workdir=work, self_test=self_test, progress=screen.note)
-    if not report.ok:
-        failed = [check.name for check in report.checks if not check.ok]
-        raise SmokeError(
-            f"{len(failed)} of {len(report.checks)} smoke checks failed: {', '.join(failed)}\n"
-            + "\n".join(report.lines()),
-            hint=f"logs are in {work}",
-            data={"report": report.to_json()},
-        )
+    report.require_ok(f"logs are in {work}")
     screen.result({"report": report.to_json()}, *tables.smoke(report))
 
 

@@ -148,7 +148,3 @@ class Patch:
     upstream_status: str
     hooks: tuple[Hook, ...]
     files: tuple[FilePatch, ...]
-
-    @property
-    def hunk_count(self) -> int:
-        return sum(len(file.hunks) for file in self.files)

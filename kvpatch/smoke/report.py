@@ -9,6 +9,7 @@ from typing import Any
 
 import requests
 
+from kvpatch.errors import SmokeError
 from kvpatch.process import ProcessFailure
 
 Figure = int | float | str
@@ -94,6 +95,18 @@ class SmokeReport:
             "seconds": round(sum(check.seconds for check in self.checks), 3),
             "checks": [check.to_json() for check in self.checks],
         }
+
+    def require_ok(self, hint: str) -> None:
+        """Raise SmokeError, with every line and the report as data, when a check failed."""
+        if self.ok:
+            return
+        names = ", ".join(check.name for check in self.failed) or "none ran"
+        raise SmokeError(
+            f"{len(self.failed)} of {len(self.checks)} smoke checks failed: {names}\n"
+            + "\n".join(self.lines()),
+            hint=hint,
+            data={"report": self.to_json()},
+        )
 
     def lines(self) -> list[str]:
         text = [line for check in self.checks for line in check.lines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvpatch import smoke
-from kvpatch.errors import SmokeError
 from kvpatch.stages.context import Context, Value
 
 
@@ -16,12 +15,7 @@ def run(context: Context) -> Value:
         workdir=plan.workspace / "smoke",
         progress=lambda text: context.detail("smoke", text),
     )
-    if not report.ok:
-        failed = [check.name for check in report.checks if not check.ok]
-        raise SmokeError(
-            f"{len(failed)} of {len(report.checks)} smoke checks failed: {', '.join(failed)}\n"
-            + "\n".join(report.lines()),
-            hint=f"logs are in {plan.workspace / 'smoke'}; run them alone with `kvpatch smoke {plan.out}`",
-            data={"report": report.to_json()},
-        )
+    report.require_ok(
+        f"logs are in {plan.workspace / 'smoke'}; run them alone with `kvpatch smoke {plan.out}`"
+    )
     return {"report": report.to_json()}

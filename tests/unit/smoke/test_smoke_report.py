@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpatch.errors import UsageError
+from kvpatch.errors import SmokeError, UsageError
 from kvpatch.process import ProcessFailure
 from kvpatch.smoke import Install, run
 from kvpatch.smoke.report import Check, CheckFailed, Outcome, Recorder, SmokeReport
@@ -102,3 +102,16 @@ def test_smoke_of_a_stock_install_fails_and_says_why(tmp_path: Path) -> None:
     report = run(Install.detect(tmp_path / "out"), workdir=tmp_path / "work")
     assert not report.ok
     assert "libkvcached.so is missing" in report.checks[0].detail
+
+
+def test_a_failed_report_raises_with_everything_and_a_passed_one_does_not() -> None:
+    good = Check(name="a", ok=True, seconds=0.0, detail="fine")
+    bad = Check(name="b", ok=False, seconds=0.0, detail="broken", logs={"server": "last words"})
+    SmokeReport(root="r", kind="llama.cpp", checks=(good,)).require_ok("look here")
+    with pytest.raises(SmokeError, match="1 of 2 smoke checks failed: b") as caught:
+        SmokeReport(root="r", kind="llama.cpp", checks=(good, bad)).require_ok("look here")
+    assert "last words" in caught.value.message
+    assert caught.value.hint == "look here"
+    assert caught.value.data["report"]["ok"] is False
+    with pytest.raises(SmokeError, match="none ran"):
+        SmokeReport(root="r", kind="llama.cpp", checks=()).require_ok("look here")
