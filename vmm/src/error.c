@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static _Thread_local char last_error[512];
+static _Thread_local char last_error[1024];
 
 uint32_t kvcached_abi_version(void) { return KVCACHED_ABI_VERSION; }
 
