@@ -1,14 +1,163 @@
 #include "support.h"
 
-#include <errno.h>
+#include "context.h"
+#include "runner.h"
+
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
+
+/* ---- the backend under test ---- */
+
+int on_host(void) { return strcmp(test_backend_name(), "cuda") != 0; }
+
+/* Memory of the device in use when this process opened its first context; not known once it has company. */
+static uint64_t used_before;
+static int contexts_opened, has_company;
+
+size_t test_page(void) {
+  static size_t of_device;
+  if (strcmp(test_backend_name(), "host") == 0) return 4 * KIB;
+  if (strcmp(test_backend_name(), "host-2m") == 0) return 2 * MIB;
+  if (!of_device) {
+    kvcached_options_t o;
+    kvcached_ctx_t ctx;
+    kvcached_options_init(&o);
+    o.backend = KVCACHED_BACKEND_CUDA;
+    o.ledger_path = "";
+    CHECK_OK(kvcached_open(&o, &ctx));
+    of_device = kvcached_page_size(ctx);
+    kvcached_shutdown(ctx);
+  }
+  return of_device;
+}
+
+size_t test_large_page(void) { return on_host() ? 4 * test_page() : 16 * test_page(); }
+
+void test_options(kvcached_options_t *o) {
+  kvcached_options_init(o);
+  o->backend = on_host() ? KVCACHED_BACKEND_HOST : KVCACHED_BACKEND_CUDA;
+  o->page_size = test_page();
+  o->large_page = test_large_page();
+  o->ledger_path = "";
+  o->name = "a test";
+}
+
+kvcached_ctx_t open_with(const kvcached_options_t *o) {
+  kvcached_ctx_t ctx;
+  CHECK_OK(kvcached_open(o, &ctx));
+  if (!on_host() && contexts_opened++ == 0) {
+    uint64_t free_bytes, total;
+    CHECK_OK(kvcached_device_memory(ctx, &free_bytes, &total));
+    used_before = total - free_bytes;
+  }
+  return ctx;
+}
+
+kvcached_ctx_t open_alone(size_t page, uint64_t limit) {
+  kvcached_options_t o;
+  test_options(&o);
+  if (page) {
+    o.page_size = page;
+    o.large_page = 4 * page;
+  }
+  o.limit = limit;
+  return open_with(&o);
+}
+
+kvcached_ctx_t open_in(const char *ledger, const char *group, uint64_t limit) {
+  kvcached_options_t o;
+  test_options(&o);
+  o.limit = limit;
+  o.ledger_path = ledger;
+  o.group = group;
+  return open_with(&o);
+}
+
+kvcached_region_t reserve(kvcached_ctx_t ctx, int kind, size_t size) {
+  kvcached_region_t r;
+  CHECK_OK(kvcached_reserve(ctx, kind, size, &r));
+  return r;
+}
+
+/* ---- content ---- */
+
+int all_bytes(const void *p, size_t n, unsigned char value) {
+  const unsigned char *b = p;
+  return n == 0 || (b[0] == value && memcmp(b, b + 1, n - 1) == 0);
+}
+
+static void must_be_ensured(kvcached_region_t r, size_t off, size_t len) {
+  size_t run;
+  int ensured;
+  CHECK_OK(kvcached_mapped_run(r, off, len, &run, &ensured));
+  CHECK(len == 0 || (ensured && run == len));
+}
+
+void put(kvcached_region_t r, size_t off, int byte, size_t len) {
+  must_be_ensured(r, off, len);
+  if (on_host()) {
+    memset((char *)kvcached_region_base(r) + off, byte, len);
+    return;
+  }
+  size_t step = len < MIB ? len : MIB;
+  char *buf = malloc(step + 1);
+  CHECK(buf != NULL);
+  memset(buf, byte, step);
+  for (size_t i = 0; i < len; i += step)
+    CHECK_OK(kvcached_write(r, off + i, buf, len - i < step ? len - i : step));
+  free(buf);
+}
+
+static int differs(const unsigned char *p, size_t n, int byte, size_t off) {
+  if (all_bytes(p, n, (unsigned char)byte)) return 0;
+  size_t i = 0;
+  while (p[i] == (unsigned char)byte) i++;
+  fprintf(stderr, "byte %zu of the region is 0x%02x, not 0x%02x\n", off + i, p[i], (unsigned)byte & 0xff);
+  return 1;
+}
+
+int holds(kvcached_region_t r, size_t off, int byte, size_t len) {
+  must_be_ensured(r, off, len);
+  if (on_host()) return !differs((unsigned char *)kvcached_region_base(r) + off, len, byte, off);
+  size_t step = len < MIB ? len : MIB;
+  unsigned char *buf = malloc(step + 1);
+  CHECK(buf != NULL);
+  int good = 1;
+  for (size_t i = 0; i < len && good; i += step) {
+    size_t n = len - i < step ? len - i : step;
+    CHECK_OK(kvcached_read(r, off + i, buf, n));
+    good = !differs(buf, n, byte, off + i);
+  }
+  free(buf);
+  return good;
+}
+
+enum { END = 64 };
+
+static size_t bytes_of_page(kvcached_region_t r, size_t page_no) {
+  size_t unit = kvcached_region_page_size(r), left = kvcached_region_size(r) - page_no * unit;
+  return left < unit ? left : unit;
+}
+
+void put_ends(kvcached_region_t r, size_t page_no, int byte) {
+  size_t off = page_no * kvcached_region_page_size(r), n = bytes_of_page(r, page_no);
+  put(r, off, byte, END);
+  put(r, off + n - END, byte, END);
+}
+
+int holds_ends(kvcached_region_t r, size_t page_no, int byte) {
+  size_t off = page_no * kvcached_region_page_size(r), n = bytes_of_page(r, page_no);
+  return holds(r, off, byte, END) && holds(r, off + n - END, byte, END);
+}
+
+/* ---- figures ---- */
 
 static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *huge, size_t *count) {
   uintptr_t lo = (uintptr_t)base, hi = lo + size;
@@ -70,64 +219,149 @@ int accessible(const void *p) {
   return 1;
 }
 
-int all_bytes(const void *p, size_t n, unsigned char value) {
-  const unsigned char *b = p;
-  for (size_t i = 0; i < n; i++)
-    if (b[i] != value) return 0;
-  return 1;
-}
-
 kvcached_stats_t stats_of(kvcached_ctx_t ctx) {
   kvcached_stats_t s = {.struct_size = sizeof(s)};
   CHECK_OK(kvcached_stats(ctx, &s));
   return s;
 }
 
-void check_region(kvcached_region_t r) {
+kvcached_stats_t region_stats_of(kvcached_region_t r) {
   kvcached_stats_t s = {.struct_size = sizeof(s)};
   CHECK_OK(kvcached_region_stats(r, &s));
-  CHECK_EQ(resident(kvcached_region_base(r), kvcached_region_size(r)), s.mapped);
+  return s;
+}
+
+/* The pages counted one by one against the counts that the library keeps. */
+static void check_pages(kvcached_region_t r) {
+  const kvc_pages *p = &r->pages;
+  size_t count[KVC_STATES] = {0}, top = 0;
+  CHECK_EQ(p->n, (r->space.size + r->unit - 1) / r->unit);
+  for (size_t i = 0; i < p->n; i++) {
+    CHECK(p->state[i] < KVC_STATES);
+    count[p->state[i]]++;
+    if (p->state[i] != KVC_UNMAPPED) top = i + 1;
+  }
+  CHECK_EQ(p->top, top);
+  CHECK_EQ(count[KVC_BUSY] + count[KVC_WAKING], 0);
+  for (int k = 0; k < KVC_STATES; k++) CHECK_EQ(p->count[k], count[k]);
+}
+
+void check_region(kvcached_region_t r) {
+  kvcached_stats_t s = region_stats_of(r);
   size_t size = kvcached_region_size(r), ensured_bytes = 0;
   char *base = kvcached_region_base(r);
+  if (on_host()) CHECK_EQ(resident(base, size), s.mapped);
   for (size_t off = 0, run; off < size; off += run) {
     int ensured;
     CHECK_OK(kvcached_mapped_run(r, off, size - off, &run, &ensured));
     CHECK(run > 0);
-    if (ensured) {
-      CHECK(accessible(base + off) && accessible(base + off + run - 1));
-      ensured_bytes += run;
-    }
+    if (!ensured) continue;
+    if (on_host() && s.asleep == 0) CHECK(accessible(base + off) && accessible(base + off + run - 1));
+    ensured_bytes += run;
   }
-  CHECK_EQ(ensured_bytes, s.mapped - s.idle);
+  CHECK_EQ(ensured_bytes, s.mapped - s.idle + s.asleep);
+  CHECK_EQ(s.kind_mapped[r->kind], s.mapped);
+  CHECK_LE(s.ready, s.idle);
+  CHECK_LE(s.mapped + s.asleep, s.reserved);
+  pthread_mutex_lock(&r->ctx->mutex);
+  check_pages(r);
+  pthread_mutex_unlock(&r->ctx->mutex);
 }
 
-kvcached_ctx_t open_alone(size_t page, uint64_t limit) {
-  kvcached_options_t o;
-  kvcached_options_init(&o);
-  o.page_size = page;
-  o.limit = limit;
-  o.ledger_path = "";
-  kvcached_ctx_t ctx;
-  CHECK_OK(kvcached_open(&o, &ctx));
-  return ctx;
+uint64_t memory_held(kvcached_ctx_t ctx) {
+  if (on_host()) {
+    uint64_t sum = 0;
+    for (kvcached_region_t r = ctx->regions; r; r = r->next) sum += resident(r->space.base, r->space.size);
+    return sum;
+  }
+  uint64_t free_bytes, total;
+  CHECK_OK(kvcached_device_memory(ctx, &free_bytes, &total));
+  return total - free_bytes > used_before ? total - free_bytes - used_before : 0;
 }
 
-kvcached_ctx_t open_in(const char *ledger, const char *group, uint64_t limit) {
-  kvcached_options_t o;
-  kvcached_options_init(&o);
-  o.limit = limit;
-  o.ledger_path = ledger;
-  o.group = group;
-  o.name = "a test";
-  kvcached_ctx_t ctx;
-  CHECK_OK(kvcached_open(&o, &ctx));
-  return ctx;
+void check_context(kvcached_ctx_t ctx) {
+  kvcached_stats_t s = stats_of(ctx);
+  uint64_t mapped = 0, idle = 0, ready = 0, asleep = 0, reserved = 0, host = 0, pinned = 0;
+  for (kvcached_region_t r = ctx->regions; r; r = r->next) {
+    check_region(r);
+    kvcached_stats_t t = region_stats_of(r);
+    mapped += t.mapped;
+    idle += t.idle;
+    ready += t.ready;
+    asleep += t.asleep;
+    reserved += t.reserved;
+    host += t.host_bytes;
+    pinned += t.host_pinned;
+    CHECK_EQ(r->copy.capacity, t.host_bytes);
+    size_t chunks = 0;
+    for (size_t i = 0; i < r->copy.n; i++) chunks += r->copy.chunk[i].size;
+    CHECK_EQ(chunks, r->copy.capacity);
+  }
+  CHECK_EQ(s.mapped, mapped);
+  CHECK_EQ(s.idle, idle);
+  CHECK_EQ(s.ready, ready);
+  CHECK_EQ(s.asleep, asleep);
+  CHECK_EQ(s.reserved, reserved);
+  CHECK_EQ(s.host_bytes, host);
+  CHECK_EQ(s.host_pinned, pinned);
+  CHECK_EQ(s.kind_mapped[0] + s.kind_mapped[1] + s.kind_mapped[2], mapped);
+  CHECK_EQ(s.pooled, ctx->pool.n * s.page_size);
+  CHECK_LE(s.pooled, ctx->options.pool_limit);
+  CHECK_EQ(ctx->claim, s.mapped + s.pooled);
+  CHECK_EQ(ctx->host_claim, s.host_bytes);
+  if (ctx->ledger) {
+    kvcached_slot_t slot = slot_in(kvcached_ledger_path(ctx->ledger), ctx->slot);
+    CHECK_EQ(slot.claim, ctx->claim);
+    CHECK_EQ(slot.host_bytes, s.host_bytes);
+    CHECK_EQ(slot.idle, s.idle);
+    CHECK_EQ(slot.pooled, s.pooled);
+    CHECK_EQ(slot.asleep, s.asleep);
+    CHECK_EQ(slot.reserved, s.reserved);
+    for (int k = 0; k < 3; k++) CHECK_EQ(slot.kind_bytes[k], s.kind_mapped[k]);
+  }
+  if (on_host()) {
+    CHECK_EQ(memory_held(ctx), s.mapped);
+    CHECK_EQ(s.pooled, 0);
+  } else if (contexts_opened == 1 && !has_company) {
+    /* A real driver also counts what it needs for itself, for instance tables of pages. */
+    uint64_t held = memory_held(ctx), slack = getenv("FAKE_CUDA_MEMORY") ? 0 : 64 * MIB;
+    CHECK_LE(s.mapped + s.pooled, held + slack);
+    CHECK_LE(held, s.mapped + s.pooled + slack);
+  }
 }
+
+/* ---- the ledger ---- */
+
+size_t live_slots(const char *ledger) {
+  kvcached_ledger_t l;
+  size_t n;
+  CHECK_OK(kvcached_ledger_open(ledger, &l));
+  CHECK_OK(kvcached_ledger_slots(l, NULL, 0, &n));
+  kvcached_ledger_close(l);
+  return n;
+}
+
+kvcached_slot_t slot_in(const char *path, int slot) {
+  kvcached_slot_t all[256];
+  kvcached_ledger_t l;
+  size_t n;
+  all[0].struct_size = sizeof(all[0]);
+  CHECK_OK(kvcached_ledger_open(path, &l));
+  CHECK_OK(kvcached_ledger_slots(l, all, 256, &n));
+  kvcached_ledger_close(l);
+  for (size_t i = 0; i < n; i++)
+    if (all[i].slot == slot) return all[i];
+  check_failed(__FILE__, __LINE__, "slot %d is not live", slot);
+}
+
+int slot_of_ctx(kvcached_ctx_t ctx) { return ctx->slot; }
+
+/* ---- this and that ---- */
 
 static char scratch_dir[256];
 static pid_t scratch_owner;
 
-static void remove_scratch(void) {
+void support_clean_up(void) {
   if (getpid() != scratch_owner) return;
   DIR *d = opendir(scratch_dir);
   if (!d) return;
@@ -141,27 +375,18 @@ static void remove_scratch(void) {
 }
 
 const char *scratch(const char *name) {
-  static char paths[64][320];
+  static char paths[256][320];
   static int used;
   if (!scratch_dir[0]) {
     const char *tmp = getenv("TMPDIR");
     snprintf(scratch_dir, sizeof(scratch_dir), "%s/kvcached-test-XXXXXX", tmp ? tmp : "/tmp");
     CHECK(mkdtemp(scratch_dir) != NULL);
     scratch_owner = getpid();
-    atexit(remove_scratch);
+    atexit(support_clean_up);
   }
-  CHECK(used < 64);
+  CHECK(used < 256);
   snprintf(paths[used], sizeof(paths[used]), "%s/%s", scratch_dir, name);
   return paths[used++];
-}
-
-size_t live_slots(const char *ledger) {
-  kvcached_ledger_t l;
-  size_t n;
-  CHECK_OK(kvcached_ledger_open(ledger, &l));
-  CHECK_OK(kvcached_ledger_slots(l, NULL, 0, &n));
-  kvcached_ledger_close(l);
-  return n;
 }
 
 uint32_t next_random(uint32_t *state) { /* xorshift32, Marsaglia 2003 */
@@ -172,16 +397,30 @@ uint32_t next_random(uint32_t *state) { /* xorshift32, Marsaglia 2003 */
   return *state = x;
 }
 
-peer peer_start(const char *ledger, const char *group, uint64_t limit, int slot) {
-  char exe[512], limit_text[32], slot_text[16];
-  ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe) - 1);
-  CHECK(n > 0);
-  exe[n] = 0;
-  char *slash = strrchr(exe, '/');
-  CHECK(slash != NULL);
-  snprintf(slash, sizeof(exe) - (size_t)(slash - exe), "/peer");
+static unsigned long from_environment(const char *name, unsigned long otherwise) {
+  const char *text = getenv(name);
+  return text && *text ? strtoul(text, NULL, 10) : otherwise;
+}
+
+unsigned rounds(unsigned n) { return n * (unsigned)from_environment("KVCACHED_TEST_ROUNDS", 1); }
+
+uint32_t first_seed(uint32_t seed) { return (uint32_t)from_environment("KVCACHED_TEST_SEED", seed); }
+
+int64_t now_ms(void) { return kvc_now_ns() / 1000000; }
+
+void sleep_ms(unsigned ms) {
+  struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
+  nanosleep(&t, NULL);
+}
+
+/* ---- peers ---- */
+
+peer peer_start_with(const char *ledger, const char *group, uint64_t limit, int slot, const char *more) {
+  char limit_text[32], slot_text[16], backend[64];
   snprintf(limit_text, sizeof(limit_text), "%" PRIu64, limit);
   snprintf(slot_text, sizeof(slot_text), "%d", slot);
+  snprintf(backend, sizeof(backend), "%s", test_backend_name());
+  has_company = 1;
 
   int in[2], out[2];
   CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0);
@@ -190,12 +429,23 @@ peer peer_start(const char *ledger, const char *group, uint64_t limit, int slot)
   if (pid == 0) {
     dup2(in[0], 0);
     dup2(out[1], 1);
-    execl(exe, exe, ledger, group, limit_text, slot_text, (char *)NULL);
+    setenv("KVCACHED_BACKEND", backend, 1);
+    execl("/proc/self/exe", "vmm_tests", "--peer", ledger, group, limit_text, slot_text, more, (char *)NULL);
     _exit(127);
   }
   close(in[0]);
   close(out[1]);
   return (peer){pid, in[1], out[0]};
+}
+
+peer peer_start(const char *ledger, const char *group, uint64_t limit, int slot) {
+  return peer_start_with(ledger, group, limit, slot, "");
+}
+
+void peer_expect_open(peer p) {
+  char line[600];
+  peer_reply(p, line, sizeof(line));
+  if (strcmp(line, "open") != 0) check_failed(__FILE__, __LINE__, "a peer could not open: %s", line);
 }
 
 void peer_send(peer p, const char *line) { CHECK(dprintf(p.in, "%s\n", line) > 0); }
@@ -216,10 +466,9 @@ void peer_expect(peer p, const char *send, const char *reply) {
   char line[600];
   peer_send(p, send);
   peer_reply(p, line, sizeof(line));
-  if (strcmp(line, reply) != 0) {
-    fprintf(stderr, "peer %ld: \"%s\" answered \"%s\", not \"%s\"\n", (long)p.pid, send, line, reply);
-    exit(1);
-  }
+  if (strcmp(line, reply) != 0)
+    check_failed(__FILE__, __LINE__, "peer %ld: \"%s\" answered \"%s\", not \"%s\"", (long)p.pid, send, line,
+                 reply);
 }
 
 static int peer_end(peer *p) {

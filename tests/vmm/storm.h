@@ -1,0 +1,25 @@
+/* What the processes of a storm (test_storm.c) share: an account of memory that knows nothing of the ledger. */
+#ifndef STORM_H
+#define STORM_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum { STORM_PEERS = 8 };
+
+/* `total` is what all peers hold together while they are inside their gates, raised after memory was had and
+   lowered before it is let go: so it never passes what is really held, and what is held must never pass the
+   limit. `mine` is one peer's part, raised before the total and lowered after it. */
+typedef struct storm {
+  _Atomic int64_t total;
+  _Atomic int64_t mine[STORM_PEERS];
+  _Atomic uint64_t limit;      /* raised before it is raised in the ledger, lowered after */
+  _Atomic uint64_t limit_no;   /* odd while it is being changed */
+  _Atomic uint32_t stops[STORM_PEERS]; /* how often a peer was stopped: its clock went on meanwhile */
+  _Atomic int ends;            /* all peers end */
+  _Atomic uint32_t over;       /* how often the total passed the limit */
+  _Atomic uint32_t slow_ms;    /* the longest call */
+  _Atomic uint32_t steps, refused;
+} storm;
+
+#endif
