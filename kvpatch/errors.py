@@ -105,6 +105,13 @@ class VerifyError(KvpatchError):
     code = "verify"
 
 
+class LibraryError(KvpatchError):
+    """libkvcached cannot be loaded, or it refused what was asked of it (exit 10)."""
+
+    exit_code = 10
+    code = "library"
+
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST})
 

@@ -130,7 +130,8 @@ def source_json(source: Resolved) -> dict[str, Any]:
 
 
 def _series_id(data: Path, *series: tuple[Patch, ...]) -> str:
-    parts = [hashing.of_paths([data / top], data) for top in ("templates", "vmm", "go_shim")]
+    tops = ("templates", "vmm/src", "vmm/include", "go_shim")
+    parts = [hashing.of_paths([data / top], data) for top in tops]
     return hashing.of_value([*(patch_sums(patches) for patches in series), parts])[:8]
 
 

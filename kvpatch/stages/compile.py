@@ -12,13 +12,13 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
-from kvpatch import hashing, process
+from kvpatch import library, process
 from kvpatch.errors import CompileError
+from kvpatch.library import LIBRARY
 from kvpatch.plan import Plan
 from kvpatch.stages import output, worktree
 from kvpatch.stages.context import Context, Value
 
-LIBRARY = "libkvcached.so"
 _STEP = re.compile(r"^\[(\d+)/(\d+)\]")
 
 # A server and its libraries, nothing else; the embedded web page would be downloaded, so it is left out.
@@ -51,7 +51,6 @@ OLLAMA_FLAGS = (
 )
 # Debug information would hold the temporary folder that cgo compiles in.
 CGO_FLAGS = {"CGO_CFLAGS": "-O2 -g0", "CGO_CXXFLAGS": "-O2 -g0"}
-LIBRARY_FLAGS = ("-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-shared", f"-Wl,-soname,{LIBRARY}")
 
 
 def inputs(context: Context) -> dict[str, object]:
@@ -59,7 +58,7 @@ def inputs(context: Context) -> dict[str, object]:
     plan = context.plan
     return {
         "flags": OLLAMA_FLAGS if plan.ollama else LLAMA_CPP_FLAGS,
-        "library": LIBRARY_FLAGS,
+        "library": [*library.FLAGS, *library.LINKED],
         "cgo": CGO_FLAGS if plan.ollama else None,
         "tools": {tool.name: tool.version for tool in plan.tools},
         "version": plan.release.semver if plan.release else None,
@@ -170,13 +169,8 @@ def _library(context: Context, target: Path) -> None:
     context.detail("compile", LIBRARY)
     context.library_dir.mkdir(parents=True, exist_ok=True)
     built = context.library_dir / LIBRARY
-    files = sorted(path.relative_to(sources).as_posix() for path in (sources / "src").glob("*.c"))
-    # Relative names from inside vmm/, so that its own path stays out of the binary.
-    process.run(
-        [context.plan.tool("cc").path, *LIBRARY_FLAGS, "-Iinclude", "-o", built, *files, "-lpthread"],
-        cwd=sources,
-        log=context.log("compile"),
-    )
+    command = library.compile_command(context.plan.tool("cc").path, sources, built)
+    process.run(command, cwd=sources, log=context.log("compile"))
     shutil.copy2(built, target)
 
 
@@ -251,6 +245,4 @@ def fresh(context: Context, value: Value) -> bool:
 
 def library_key(context: Context) -> str:
     """Content of vmm/, which the C library is built from."""
-    return hashing.of_paths(
-        [context.plan.data / "vmm" / "src", context.plan.data / "vmm" / "include"], context.plan.data
-    )
+    return library.key(context.plan.data)
