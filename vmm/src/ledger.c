@@ -1,12 +1,17 @@
 /*
- * Slots of the ledger: taking, leasing, listing. The protocol of claims is in ledger_claim.c, the file in
- * ledger_file.c.
+ * Handles and slots of the ledger: opening, taking, leasing.
+ *
+ *   ledger_file.c   the file, its checks and locks     ledger_limit.c     limits and their revisions
+ *   ledger_claim.c  the protocol of claims, sums       ledger_command.c   mailboxes
+ *   ledger_look.c   figures, lists, whom to ask
+ *
+ * Nothing read from the file is trusted to be sensible: another process may have been stopped or killed
+ * anywhere, and a damaged file must not do more than make the library refuse or show nonsense. So texts get
+ * an end, sums stop at the largest number, and no number from the file is an index or a bound.
  */
 #include "ledger_impl.h"
 
-#include <errno.h>
 #include <inttypes.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -38,7 +43,7 @@ static void install_fork_handlers(void) {
   fork_error = pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
-int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *out) {
+int kvc_ledger_open(const char *path, kvcached_ledger_t *out) {
   *out = NULL;
   (void)pthread_once(&fork_once, install_fork_handlers);
   if (fork_error) return kvc_fail_errno(KVCACHED_E_NOMEM, fork_error, "installing the fork handlers");
@@ -46,10 +51,8 @@ int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *ou
   struct kvcached_ledger *l = calloc(1, sizeof(*l));
   if (!l) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a ledger handle");
   int err = KVCACHED_OK;
-  int len = path ? asprintf(&l->path, "%s", path)
-                 : asprintf(&l->path, "/dev/shm/kvcached-%lu-%s", (unsigned long)geteuid(), backend);
-  if (len < 0) {
-    l->path = NULL;
+  l->path = strdup(path);
+  if (!l->path) {
     err = kvc_fail(KVCACHED_E_NOMEM, "no memory for the ledger's path");
     goto fail;
   }
@@ -84,7 +87,12 @@ int kvcached_ledger_open(const char *path, kvcached_ledger_t *out) {
   if (!out) return kvc_fail(KVCACHED_E_INVAL, "out is NULL");
   *out = NULL;
   if (path && !*path) return kvc_fail(KVCACHED_E_INVAL, "the ledger's path is empty");
-  return kvc_ledger_open(path, kvc_backend_host.name, out);
+  char host[KVCACHED_PATH_MAX];
+  if (!path) {
+    int err = kvcached_ledger_default_path(NULL, host, sizeof(host));
+    if (err) return err;
+  }
+  return kvc_ledger_open(path ? path : host, out);
 }
 
 void kvcached_ledger_close(kvcached_ledger_t l) {
@@ -99,8 +107,10 @@ void kvcached_ledger_close(kvcached_ledger_t l) {
   (void)pthread_mutex_unlock(&all_mutex);
   /* Dropped by name: a child made by a bare clone() shares the open file, and closing it here would not end
    * the locks. */
-  for (int i = 0; i < KVC_LEDGER_SLOTS; i++)
-    if (l->held[i]) (void)kvc_ledger_file_drop(l->fd, i, l->held[i]);
+  for (int i = 0; i < KVC_LEDGER_SLOTS; i++) {
+    int holds = atomic_load(&l->held[i]);
+    if (holds) (void)kvc_ledger_file_drop(l->fd, i, holds);
+  }
   (void)munmap(l->map, sizeof(*l->map));
   (void)close(l->fd);
   (void)pthread_mutex_destroy(&l->mutex);
@@ -109,6 +119,24 @@ void kvcached_ledger_close(kvcached_ledger_t l) {
 }
 
 const char *kvcached_ledger_path(kvcached_ledger_t l) { return l ? l->path : NULL; }
+
+/* ---- what callers give ---- */
+
+int kvc_check_ledger(const struct kvcached_ledger *l) {
+  if (!l) return kvc_fail(KVCACHED_E_INVAL, "ledger is NULL");
+  return l->pid == getpid() ? KVCACHED_OK : kvc_fail_forked(l->pid);
+}
+
+int kvc_check_slot(const struct kvcached_ledger *l, int slot) {
+  if (slot >= 0 && slot < KVC_LEDGER_SLOTS) return KVCACHED_OK;
+  return kvc_fail(KVCACHED_E_SLOT, "slot %d: %s has slots 0 to %d", slot, l->path, KVC_LEDGER_SLOTS - 1);
+}
+
+int kvc_check_group(const char *group) {
+  size_t len = group ? strlen(group) : 0;
+  if (len > 0 && len <= KVCACHED_GROUP_MAX) return KVCACHED_OK;
+  return kvc_fail(KVCACHED_E_INVAL, "group: %zu bytes, it has 1 to %d", len, KVCACHED_GROUP_MAX);
+}
 
 /* ---- text in a slot ---- */
 
@@ -123,7 +151,7 @@ static void put_text(_Atomic uint64_t *words, size_t n, const char *text) {
   }
 }
 
-static void get_text(const _Atomic uint64_t *words, size_t n, char *out) {
+void kvc_text_get(const _Atomic uint64_t *words, size_t n, char *out) {
   for (size_t i = 0; i < n; i++) {
     uint64_t word = atomic_load(&words[i]);
     memcpy(out + i * 8, &word, 8);
@@ -131,64 +159,106 @@ static void get_text(const _Atomic uint64_t *words, size_t n, char *out) {
   out[n * 8 - 1] = 0;
 }
 
-#define WORDS(array) (sizeof(array) / sizeof((array)[0]))
-
 /* ---- slots ---- */
 
-int kvc_slot_holders(struct kvcached_ledger *l, int slot) {
-  if (atomic_load(&l->map->slot[slot].gen) == 0 && !l->held[slot]) return 0;
+int kvc_slot_peek(struct kvcached_ledger *l, int slot, kvc_slot_view *v) {
+  const kvc_ledger_slot *s = &l->map->slot[slot];
+  memset(v, 0, sizeof(*v));
+  uint64_t gen = atomic_load(&s->gen);
+  if (gen == 0 || gen % 2) return 0;
+  v->gen = gen;
+  /* Announcements before claims: a claim moves from the first to the second, and is then seen at least once.
+   */
+  for (int i = 0; i < KVC_ACCOUNTS; i++) {
+    v->word[i] = atomic_load(&s->ask[i].word);
+    v->target[i] = atomic_load(&s->ask[i].target);
+  }
+  v->claim = atomic_load(&s->claim);
+  v->host = atomic_load(&s->host);
+  v->fixed = atomic_load(&s->fixed);
+  v->lease = atomic_load(&s->lease);
+  v->limit = atomic_load(&s->limit);
+  kvc_text_get(s->group, KVC_WORDS(s->group), v->group);
+  return 1;
+}
+
+int kvc_slot_confirm(struct kvcached_ledger *l, int slot, kvc_slot_view *v) {
+  const kvc_ledger_slot *s = &l->map->slot[slot];
   int others = kvc_ledger_file_holders(l->fd, slot);
-  return others < 0 ? others : others | l->held[slot];
+  if (others < 0) return others;
+  v->holders = others | atomic_load(&l->held[slot]);
+  if (!(v->holders & KVC_HOLD_USER)) {
+    /* Left behind by a user that died; or the announcement of a lease, which has become one before that hold
+       was dropped: so that is read once more. */
+    v->claim = v->host = 0;
+    memset(v->word, 0, sizeof(v->word));
+    v->fixed = atomic_load(&s->fixed);
+    v->lease = atomic_load(&s->lease);
+  }
+  /* Not held; or taken anew meanwhile, and what was read is mixed. Nothing was charged to it before the new
+     user announced, and whoever announces after the caller did sees the caller. */
+  if (!v->holders || atomic_load(&s->gen) != v->gen) memset(v, 0, sizeof(*v));
+  return KVCACHED_OK;
 }
 
 int kvc_slot_read(struct kvcached_ledger *l, int slot, kvc_slot_view *v) {
-  const kvc_ledger_slot *s = &l->map->slot[slot];
-  memset(v, 0, sizeof(*v));
-  int holders = kvc_slot_holders(l, slot);
-  if (holders < 0) return holders;
-  if (!holders) return KVCACHED_OK;
-  uint64_t gen = atomic_load(&s->gen);
-  if (gen % 2) return KVCACHED_OK;
-  /* `pending` before `claim`: a claim moves from the first to the second, and is then seen at least once. */
-  v->pending = atomic_load(&s->pending);
-  v->ticket = atomic_load(&s->ticket);
-  v->claim = atomic_load(&s->claim);
-  v->fixed = atomic_load(&s->fixed);
-  v->lease = atomic_load(&s->lease);
-  get_text(s->group, WORDS(s->group), v->group);
-  if (!(holders & KVC_HOLD_USER)) v->pending = v->claim = 0; /* left behind by a user that died */
-  v->holders = holders;
-  /* Taken anew meanwhile: what was read is mixed. Nothing is charged to it yet, and what will be is summed
-     after the caller's own announcement. */
-  if (atomic_load(&s->gen) != gen) memset(v, 0, sizeof(*v));
-  return KVCACHED_OK;
+  return kvc_slot_peek(l, slot, v) ? kvc_slot_confirm(l, slot, v) : KVCACHED_OK;
+}
+
+/* What a user that died may have left. */
+static void clear_user(kvc_ledger_slot *s) {
+  _Atomic uint64_t *fields[] = {&s->ask[KVC_DEVICE].word,
+                                &s->ask[KVC_HOST].word,
+                                &s->claim,
+                                &s->host,
+                                &s->controlled,
+                                &s->ask[KVC_DEVICE].target,
+                                &s->ask[KVC_HOST].target,
+                                &s->kind_bytes[0],
+                                &s->kind_bytes[1],
+                                &s->kind_bytes[2],
+                                &s->reserved,
+                                &s->idle,
+                                &s->pooled,
+                                &s->asleep,
+                                &s->last_use_ns,
+                                &s->woke_ns,
+                                &s->inside,
+                                &s->queued};
+  for (size_t i = 0; i < KVC_WORDS(fields); i++) atomic_store(fields[i], 0);
+  kvc_mail_reset(s);
+}
+
+static void drop_holds(struct kvcached_ledger *l, int slot, int holds) {
+  if (kvc_ledger_file_drop(l->fd, slot, holds) == KVCACHED_OK)
+    atomic_fetch_and(&l->held[slot], (uint8_t)~holds);
 }
 
 /* Takes both holds of a free slot, so that nobody else takes either, and fills it in. */
 static int take_free(struct kvcached_ledger *l, const char *group, const char *name, int *out) {
   for (int i = 0; i < KVC_LEDGER_SLOTS; i++) {
-    if (l->held[i]) continue; /* a lock never excludes its own holder */
+    if (atomic_load(&l->held[i])) continue; /* a lock never excludes its own holder */
     int taken = kvc_ledger_file_hold(l->fd, i, KVC_HOLD_BOTH);
     if (taken < 0) return taken;
     if (!taken) continue;
     kvc_ledger_slot *s = &l->map->slot[i];
     uint64_t gen = atomic_load(&s->gen) | 1; /* odd already when the last taker died right here */
+    if (gen == UINT64_MAX) gen = 1;          /* 0 would say that it was never used */
     atomic_store(&s->gen, gen);
-    _Atomic uint64_t *fields[] = {&s->lease,  &s->fixed,    &s->claim,    &s->pending,
-                                  &s->ticket, &s->reserved, &s->user_pid, &s->lessor_pid};
-    for (size_t f = 0; f < WORDS(fields); f++) atomic_store(fields[f], 0);
-    put_text(s->group, WORDS(s->group), group);
-    put_text(s->name, WORDS(s->name), name);
+    clear_user(s);
+    _Atomic uint64_t *fields[] = {&s->lease, &s->fixed, &s->limit, &s->user_pid, &s->lessor_pid};
+    for (size_t f = 0; f < KVC_WORDS(fields); f++) atomic_store(fields[f], 0);
+    put_text(s->group, KVC_WORDS(s->group), group);
+    put_text(s->name, KVC_WORDS(s->name), name);
+    atomic_store(&l->held[i], KVC_HOLD_BOTH);
     atomic_store(&s->gen, gen + 1);
-    l->held[i] = KVC_HOLD_BOTH;
+    int err = kvc_limit_join(l, i, group);
+    if (err) drop_holds(l, i, KVC_HOLD_BOTH);
     *out = i;
-    return KVCACHED_OK;
+    return err;
   }
-  return kvc_fail(KVCACHED_E_FULL, "all %d slots of %s are taken", KVC_LEDGER_SLOTS, l->path);
-}
-
-static void drop_holds(struct kvcached_ledger *l, int slot, int holds) {
-  if (kvc_ledger_file_drop(l->fd, slot, holds) == KVCACHED_OK) l->held[slot] &= (uint8_t)~holds;
+  return kvc_fail(KVCACHED_E_FULL, "all %d slots of %s are taken: end processes that use it",
+                  KVC_LEDGER_SLOTS, l->path);
 }
 
 int kvc_ledger_take(kvcached_ledger_t l, const char *group, const char *name, int *slot) {
@@ -202,145 +272,92 @@ int kvc_ledger_take(kvcached_ledger_t l, const char *group, const char *name, in
   return err;
 }
 
-int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const char *name, char *group_out) {
-  if (slot < 0 || slot >= KVC_LEDGER_SLOTS)
-    return kvc_fail(KVCACHED_E_SLOT, "slot %d: %s has slots 0 to %d", slot, l->path, KVC_LEDGER_SLOTS - 1);
-  (void)pthread_mutex_lock(&l->mutex);
-  kvc_ledger_slot *s = &l->map->slot[slot];
-  int err;
-  int taken = kvc_ledger_file_hold(l->fd, slot, KVC_HOLD_USER);
-  if (taken <= 0) {
-    err = taken < 0 ? taken
-                    : kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is in use by pid %" PRIu64, slot, l->path,
-                               atomic_load(&s->user_pid));
-    goto out;
-  }
+/* Whether a slot whose user's hold was just taken is leased, and to whose group. */
+static int check_lease(struct kvcached_ledger *l, int slot, const char *group, char *group_out) {
   int holders = kvc_ledger_file_holders(l->fd, slot);
-  if (holders < 0) {
-    err = holders;
-    goto drop;
-  }
-  if (!(holders & KVC_HOLD_LESSOR)) {
-    err = kvc_fail(KVCACHED_E_SLOT,
-                   "slot %d of %s is not leased: the process that leased it has ended, or never did", slot,
-                   l->path);
-    goto drop;
-  }
-  get_text(s->group, WORDS(s->group), group_out);
-  if (group && strcmp(group, group_out) != 0) {
-    err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s was leased for group \"%s\", not \"%s\"", slot, l->path,
-                   group_out, group);
-    goto drop;
-  }
-  atomic_store(&s->pending, 0);
-  atomic_store(&s->claim, 0);
-  atomic_store(&s->reserved, 0);
-  atomic_store(&s->user_pid, (uint64_t)l->pid);
-  if (atomic_load(&s->name[0]) == 0) put_text(s->name, WORDS(s->name), name);
-  l->held[slot] = KVC_HOLD_USER;
-  err = KVCACHED_OK;
-  goto out;
+  if (holders < 0) return holders;
+  if (!(holders & KVC_HOLD_LESSOR))
+    return kvc_fail(KVCACHED_E_SLOT,
+                    "slot %d of %s is not leased: the process that leased it has ended, or never did", slot,
+                    l->path);
+  const kvc_ledger_slot *s = &l->map->slot[slot];
+  kvc_text_get(s->group, KVC_WORDS(s->group), group_out);
+  if (!*group_out || atomic_load(&s->gen) % 2)
+    return kvc_fail(KVCACHED_E_SLOT,
+                    "slot %d of %s is leased, but has no group: the file was changed by something else than "
+                    "this library",
+                    slot, l->path);
+  if (group && strcmp(group, group_out) != 0)
+    return kvc_fail(KVCACHED_E_SLOT, "slot %d of %s was leased for group \"%s\", not \"%s\"", slot, l->path,
+                    group_out, group);
+  return KVCACHED_OK;
+}
 
-drop:
-  (void)kvc_ledger_file_drop(l->fd, slot, KVC_HOLD_USER);
-out:
+int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const char *name, char *group_out) {
+  int err = kvc_check_slot(l, slot);
+  if (err) return err;
+  kvc_ledger_slot *s = &l->map->slot[slot];
+  (void)pthread_mutex_lock(&l->mutex);
+  /* A hold of this very handle would not be in the way of taking it again. */
+  int taken = atomic_load(&l->held[slot]) ? 0 : kvc_ledger_file_hold(l->fd, slot, KVC_HOLD_USER);
+  if (taken < 0) {
+    err = taken;
+  } else if (!taken) {
+    err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is in use by pid %" PRIu64, slot, l->path,
+                   atomic_load(&s->user_pid));
+  } else if ((err = check_lease(l, slot, group, group_out)) != 0) {
+    (void)kvc_ledger_file_drop(l->fd, slot, KVC_HOLD_USER);
+  } else {
+    clear_user(s);
+    atomic_store(&s->user_pid, (uint64_t)l->pid);
+    if (atomic_load(&s->name[0]) == 0) put_text(s->name, KVC_WORDS(s->name), name);
+    atomic_store(&l->held[slot], KVC_HOLD_USER);
+  }
   (void)pthread_mutex_unlock(&l->mutex);
   return err;
 }
 
-void kvc_ledger_set_reserved(kvcached_ledger_t l, int slot, uint64_t bytes) {
-  atomic_store(&l->map->slot[slot].reserved, bytes);
-}
+/* ---- leases ---- */
+
+#define LEASE_WAIT_MS 1000
 
 int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *name, uint64_t size,
                           uint64_t fixed, uint64_t limit, int *out) {
-  if (!l || !out) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", l ? "slot" : "ledger");
+  if (!out) return kvc_fail(KVCACHED_E_INVAL, "slot is NULL");
   *out = -1;
-  if (l->pid != getpid()) return kvc_fail_forked(l->pid);
-  size_t group_len = group ? strlen(group) : 0;
-  if (group_len == 0 || group_len > KVCACHED_GROUP_MAX)
-    return kvc_fail(KVCACHED_E_INVAL, "group: %zu bytes, it has 1 to %d", group_len, KVCACHED_GROUP_MAX);
+  int err = kvc_check_ledger(l);
+  if (!err) err = kvc_check_group(group);
+  if (err) return err;
 
-  (void)pthread_mutex_lock(&l->mutex);
   int slot = -1;
-  uint64_t excess;
-  int err = kvc_ledger_file_check_path(l->path, l->fd);
+  kvc_shortage shortage;
+  (void)pthread_mutex_lock(&l->mutex);
+  err = kvc_ledger_file_check_path(l->path, l->fd);
   if (!err) err = take_free(l, group, name, &slot);
-  if (!err) {
-    /* Both holds are kept until the lease stands: an announcement counts only while the user's is held. */
-    kvc_ledger_slot *s = &l->map->slot[slot];
-    atomic_store(&s->lessor_pid, (uint64_t)l->pid);
-    err = kvc_claim_locked(l, slot, KVC_CLAIM_LEASE, size > fixed ? size : fixed, limit, &excess);
-    if (!err) atomic_store(&s->fixed, fixed);
-    drop_holds(l, slot, err ? KVC_HOLD_BOTH : KVC_HOLD_USER);
-    if (!err) *out = slot;
-  }
+  if (!err) atomic_store(&l->map->slot[slot].lessor_pid, (uint64_t)l->pid);
   (void)pthread_mutex_unlock(&l->mutex);
+  if (err) return err;
+  /* Both holds are kept until the lease stands: an announcement counts only while the user's is held. Other
+     threads' leases do not wait for this one. */
+  err = kvc_ledger_claim(l, slot, KVC_CLAIM_LEASE, size > fixed ? size : fixed, limit, LEASE_WAIT_MS,
+                         &shortage);
+  if (!err) atomic_store(&l->map->slot[slot].fixed, fixed);
+  (void)pthread_mutex_lock(&l->mutex);
+  drop_holds(l, slot, err ? KVC_HOLD_BOTH : KVC_HOLD_USER);
+  (void)pthread_mutex_unlock(&l->mutex);
+  if (!err) *out = slot;
   return err;
 }
 
 int kvcached_ledger_unlease(kvcached_ledger_t l, int slot) {
-  if (!l) return kvc_fail(KVCACHED_E_INVAL, "ledger is NULL");
-  if (l->pid != getpid()) return kvc_fail_forked(l->pid);
+  int err = kvc_check_ledger(l);
+  if (err) return err;
   (void)pthread_mutex_lock(&l->mutex);
-  int err = KVCACHED_OK;
-  if (slot < 0 || slot >= KVC_LEDGER_SLOTS || !(l->held[slot] & KVC_HOLD_LESSOR))
+  /* Both: another thread is still leasing it. */
+  if (slot < 0 || slot >= KVC_LEDGER_SLOTS || atomic_load(&l->held[slot]) != KVC_HOLD_LESSOR)
     err = kvc_fail(KVCACHED_E_SLOT, "slot %d of %s is not leased through this handle", slot, l->path);
   else
     drop_holds(l, slot, KVC_HOLD_LESSOR);
-  (void)pthread_mutex_unlock(&l->mutex);
-  return err;
-}
-
-/* What observers see of a slot. 1 live, 0 not, negative on error. */
-static int describe(struct kvcached_ledger *l, int slot, kvcached_slot_t *out) {
-  const kvc_ledger_slot *s = &l->map->slot[slot];
-  kvc_slot_view v;
-  int err = kvc_slot_read(l, slot, &v);
-  if (err) return err;
-  if (!v.holders) return 0;
-  *out = (kvcached_slot_t){.slot = slot,
-                           .lease = v.lease,
-                           .fixed = v.fixed,
-                           .claim = v.claim,
-                           .charge = kvc_slot_charge(&v, 0),
-                           .leased = (v.holders & KVC_HOLD_LESSOR) != 0,
-                           .attached = (v.holders & KVC_HOLD_USER) != 0};
-  out->pid = (int64_t)atomic_load(out->attached ? &s->user_pid : &s->lessor_pid);
-  out->reserved = out->attached ? atomic_load(&s->reserved) : 0;
-  memcpy(out->group, v.group, sizeof(out->group));
-  get_text(s->name, WORDS(s->name), out->name);
-  return 1;
-}
-
-int kvcached_ledger_slots(kvcached_ledger_t l, kvcached_slot_t *out, size_t cap, size_t *n) {
-  if (!l || !n || (!out && cap))
-    return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", !l ? "ledger" : !n ? "n" : "out");
-  *n = 0;
-  if (l->pid != getpid()) return kvc_fail_forked(l->pid);
-  size_t stride = cap ? out[0].struct_size : sizeof(*out);
-  if (stride < sizeof(*out))
-    return kvc_fail(KVCACHED_E_INVAL, "out[0].struct_size is %zu, a slot has %zu bytes", stride,
-                    sizeof(*out));
-
-  (void)pthread_mutex_lock(&l->mutex);
-  int err = KVCACHED_OK;
-  size_t found = 0;
-  for (int i = 0; i < KVC_LEDGER_SLOTS; i++) {
-    kvcached_slot_t one;
-    int live = describe(l, i, &one);
-    if (live < 0) {
-      err = live;
-      break;
-    }
-    if (!live) continue;
-    if (found < cap) {
-      one.struct_size = stride;
-      memcpy((char *)out + found * stride, &one, sizeof(one));
-    }
-    found++;
-  }
-  *n = found;
   (void)pthread_mutex_unlock(&l->mutex);
   return err;
 }

@@ -4,32 +4,84 @@
 
 #include "error.h"
 
-/* Which part of a slot a claim becomes. */
-typedef enum kvc_claim_kind { KVC_CLAIM_PAGES, KVC_CLAIM_FIXED, KVC_CLAIM_LEASE } kvc_claim_kind;
+/* Which part of a slot a claim becomes. HOST counts against the host limit, the others against the device's.
+ */
+typedef enum kvc_claim_kind {
+  KVC_CLAIM_PAGES,
+  KVC_CLAIM_FIXED,
+  KVC_CLAIM_LEASE,
+  KVC_CLAIM_HOST
+} kvc_claim_kind;
+
+/* By how many bytes a refused claim would have passed each limit; 0: not that one. */
+typedef struct kvc_shortage {
+  uint64_t group, card;
+} kvc_shortage;
 
 /* a + b, or the largest number there is. */
 static inline uint64_t kvc_sat_add(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 
-/* Opens the ledger of a backend at path (NULL = its default for this user). */
-int kvc_ledger_open(const char *path, const char *backend, kvcached_ledger_t *out);
+/* Opens the ledger at path. */
+int kvc_ledger_open(const char *path, kvcached_ledger_t *out);
 
 /* Takes a free slot as its user. E_FULL. */
 int kvc_ledger_take(kvcached_ledger_t ledger, const char *group, const char *name, int *slot);
 
 /* Takes a leased slot as its user. group may be NULL; the slot's is left in group_out (KVCACHED_GROUP_MAX + 1
- * bytes). E_SLOT. */
+   bytes). E_SLOT. */
 int kvc_ledger_attach(kvcached_ledger_t ledger, int slot, const char *group, const char *name,
                       char *group_out);
 
-/* Adds bytes to a slot this handle uses if the group's charges stay within limit. On E_LIMIT *excess is by
-   how much they would have passed it. */
+/* Adds bytes to a slot this handle uses if the group's charges stay within limit (the group's in the ledger
+   goes before it) and all charges within the card's. Waits up to wait_ms for older announcements (0: not at
+   all). On E_LIMIT (HOST: E_HOST_LIMIT) *shortage says by how much; for HOST in .group. */
 int kvc_ledger_claim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
-                     uint64_t *excess);
-void kvc_ledger_unclaim(kvcached_ledger_t ledger, int slot, uint64_t bytes);
+                     uint32_t wait_ms, kvc_shortage *shortage);
+/* kind: PAGES or HOST. */
+void kvc_ledger_unclaim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes);
 
-void kvc_ledger_set_reserved(kvcached_ledger_t ledger, int slot, uint64_t bytes);
+/* Figures that others see of a slot; nothing is decided by them but who is asked first to make room. */
+typedef struct kvc_figures {
+  uint64_t reserved, kind_bytes[3], idle, pooled, asleep;
+} kvc_figures;
+void kvc_ledger_publish(kvcached_ledger_t ledger, int slot, const kvc_figures *figures);
 
-/* Sum of the charges of the live slots of a slot's group. */
-int kvc_ledger_group_charge(kvcached_ledger_t ledger, int slot, uint64_t *out);
+/* Marks of use, cheap: a thread went into the gate or out (how many are inside now), the context woke,
+ * requests wait. */
+void kvc_ledger_mark_inside(kvcached_ledger_t ledger, int slot, uint32_t inside);
+void kvc_ledger_mark_woke(kvcached_ledger_t ledger, int slot);
+void kvc_ledger_mark_queued(kvcached_ledger_t ledger, int slot, uint32_t requests);
+
+/* Charges and limits as a slot sees them. limit: the caller's own, used while none was set for the group. */
+typedef struct kvc_account {
+  uint64_t group_limit, group_charge, card_limit, card_charge, host_charge;
+  uint64_t lease_left; /* of the slot's own lease, neither claimed nor fixed yet */
+} kvc_account;
+int kvc_ledger_account(kvcached_ledger_t ledger, int slot, uint64_t limit, kvc_account *out);
+
+/* Sets the limit of a slot's group at the next revision. */
+int kvc_ledger_set_own_limit(kvcached_ledger_t ledger, int slot, uint64_t bytes, kvcached_limit_t *out);
+
+/* ---- commands, on the answering side (control.c) ---- */
+
+/* Says that somebody answers for this slot (on = 1), or no longer. */
+void kvc_ledger_control(kvcached_ledger_t ledger, int slot, int on);
+/* Waits for a command to this slot: 1 with *command set, 0 when woken by kvc_ledger_ring or after wait_ms. */
+int kvc_ledger_next_command(kvcached_ledger_t ledger, int slot, uint32_t wait_ms, int *command);
+/* Ends the command taken, with its result. */
+void kvc_ledger_answer(kvcached_ledger_t ledger, int slot, int result, uint64_t freed);
+/* Wakes the slot's own waiter. */
+void kvc_ledger_ring(kvcached_ledger_t ledger, int slot);
+
+/* ---- making room (room.c) ---- */
+
+/* Picks the slot of another group that should be asked next to make room: attached, controlled, nobody
+   inside, no requests queued, not woken within the last 2 s, not in `asked` (bits, KVCACHED slots / 64
+   words), with something to give; least recently used first. want_sleep 0: it has idle or pooled memory; 1:
+   it has any memory. -1: none. */
+int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, const uint64_t *asked);
+
+/* Milliseconds and nanoseconds of CLOCK_MONOTONIC. */
+int64_t kvc_now_ns(void);
 
 #endif

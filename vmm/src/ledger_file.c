@@ -12,7 +12,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -52,18 +54,28 @@ int kvc_ledger_file_drop(int fd, int slot, int holds) {
   return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "unlocking slot %d of the ledger", slot);
 }
 
+/* Which of `holds` are in the way of this open file: bits, or negative. */
+static int ask_holders(int fd, int slot, int holds) {
+  off_t start, len;
+  hold_range(slot, holds, &start, &len);
+  struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = start, .l_len = len};
+  if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
+    return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "asking for the holders of slot %d of the ledger", slot);
+  if (lock.l_type == F_UNLCK) return 0;
+  if (holds != KVC_HOLD_BOTH) return holds;
+  /* One lock of possibly two is told, with its range. */
+  off_t first = LOCK_SLOTS + (off_t)slot * 2, end = lock.l_start + lock.l_len;
+  int found = 0;
+  if (lock.l_start <= first && (lock.l_len == 0 || end > first)) found |= KVC_HOLD_LESSOR;
+  if (lock.l_start <= first + 1 && (lock.l_len == 0 || end > first + 1)) found |= KVC_HOLD_USER;
+  return found;
+}
+
 int kvc_ledger_file_holders(int fd, int slot) {
-  int holders = 0;
-  for (int hold = KVC_HOLD_LESSOR; hold <= KVC_HOLD_USER; hold++) {
-    off_t start, len;
-    hold_range(slot, hold, &start, &len);
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = start, .l_len = len};
-    if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
-      return kvc_fail_errno(KVCACHED_E_SYSTEM, errno, "asking for the holders of slot %d of the ledger",
-                            slot);
-    if (lock.l_type != F_UNLCK) holders |= hold;
-  }
-  return holders;
+  int found = ask_holders(fd, slot, KVC_HOLD_BOTH);
+  if (found <= 0 || found == KVC_HOLD_BOTH) return found;
+  int other = ask_holders(fd, slot, KVC_HOLD_BOTH & ~found);
+  return other < 0 ? other : found | other;
 }
 
 /* Who the file belongs to, and that nobody else can write it. */
@@ -241,4 +253,39 @@ int kvc_ledger_file_check_path(const char *path, int fd) {
                   "%s was deleted or replaced while this process used it, and a child would not find its "
                   "slot: start this process again",
                   path);
+}
+
+/* ---- the default path ---- */
+
+/* Copies a UUID (8-4-4-4-12 hexadecimal digits) in lower case. 0 where the text is none. */
+static int copy_uuid(const char *text, char out[37]) {
+  for (int i = 0; i < 36; i++) {
+    char c = text[i];
+    if (c >= 'A' && c <= 'F') c = (char)(c - 'A' + 'a');
+    int dash = i == 8 || i == 13 || i == 18 || i == 23;
+    if (dash ? c != '-' : !((c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'))) return 0;
+    out[i] = c;
+  }
+  out[36] = 0;
+  return text[36] == 0;
+}
+
+int kvcached_ledger_default_path(const char *device, char *out, size_t size) {
+  if (!out || !size) return kvc_fail(KVCACHED_E_INVAL, "%s", out ? "size is 0" : "out is NULL");
+  *out = 0;
+  char id[37] = "host";
+  if (device && strcmp(device, "host") != 0) {
+    const char *uuid = device;
+    if (strncasecmp(device, "GPU-", 4) == 0 || strncasecmp(device, "MIG-", 4) == 0) uuid += 4;
+    if (!copy_uuid(uuid, id))
+      return kvc_fail(KVCACHED_E_INVAL,
+                      "device \"%.80s\": \"host\", or the UUID that nvidia-smi -L prints, such as "
+                      "GPU-01234567-89ab-cdef-0123-456789abcdef",
+                      device);
+  }
+  int len = snprintf(out, size, "/dev/shm/kvcached-%lu-%s", (unsigned long)geteuid(), id);
+  if (len >= 0 && (size_t)len < size) return KVCACHED_OK;
+  *out = 0;
+  return kvc_fail(KVCACHED_E_INVAL, "a path of %d bytes does not fit %zu: KVCACHED_PATH_MAX is %d", len, size,
+                  KVCACHED_PATH_MAX);
 }

@@ -10,34 +10,58 @@
 #define KVC_LEDGER_SLOTS 128
 #define KVC_LEDGER_MAGIC \
   UINT64_C(0x31524744454c564b) /* "KVLEDGR1" in memory order on little-endian machines */
-#define KVC_LEDGER_VERSION 1u
+#define KVC_LEDGER_VERSION 2u
 
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic uint64_t) == 8,
                "the ledger needs lock-free 64-bit atomics");
+_Static_assert(ATOMIC_INT_LOCK_FREE == 2 && sizeof(_Atomic uint32_t) == 4, "futexes are 32-bit words");
 
-/* One process's place. Written by whoever holds one of its locks, read by all; everything is a 64-bit atomic,
+/* The two accounts of a slot: device memory, and host memory for sleeping content. Each has an announcement
+   of its own, so that a claim on one never waits for one on the other. */
+enum { KVC_DEVICE = 0, KVC_HOST = 1, KVC_ACCOUNTS = 2 };
+
+/* An announced claim. word: age << 2 | state, where a smaller age is older. target: what the slot will be
+   charged on this account once the claim stands; it changes only while the state is NONE. */
+typedef struct kvc_ledger_ask {
+  _Atomic uint64_t word, target;
+} kvc_ledger_ask;
+enum { KVC_ASK_NONE = 0, KVC_ASK_ANNOUNCED = 1, KVC_ASK_COMMITTING = 2 };
+
+/* How many answers to commands are kept: an asker finds its own although others were answered since. */
+#define KVC_LEDGER_ANSWERS 4
+
+/* One process's place. Written by whoever holds one of its locks, read by all. What other processes write
+   too, by compare-and-swap alone: an announcement (ANNOUNCED -> NONE), `limit`, `mail`. Everything is atomic,
    so that a reader sees each field whole. `gen` is odd while a taker fills the slot in: it counts for nothing
    then. */
 typedef struct kvc_ledger_slot {
-  _Atomic uint64_t gen;      /* 0: never used */
-  _Atomic uint64_t lease;    /* bytes set aside by the lessor */
-  _Atomic uint64_t fixed;    /* bytes held outside the library */
-  _Atomic uint64_t claim;    /* bytes mapped, or about to be */
-  _Atomic uint64_t pending;  /* bytes announced, not yet part of one of the above */
-  _Atomic uint64_t ticket;   /* age of `pending`: smaller is older */
-  _Atomic uint64_t reserved; /* bytes of address space, for display */
+  _Atomic uint64_t gen;   /* 0: never used */
+  _Atomic uint64_t lease; /* bytes set aside by the lessor */
+  _Atomic uint64_t fixed; /* bytes held outside the library */
+  _Atomic uint64_t claim; /* bytes of device memory held, or about to be */
+  _Atomic uint64_t host;  /* bytes of host memory held, or about to be */
+  kvc_ledger_ask ask[KVC_ACCOUNTS];
+  _Atomic uint64_t limit; /* of the group: revision << 32 | units of 4096 bytes; 0: never set */
   _Atomic uint64_t user_pid, lessor_pid;
+  /* For others to look at. */
+  _Atomic uint64_t reserved, kind_bytes[3], idle, pooled, asleep;
+  _Atomic uint64_t last_use_ns, woke_ns, inside, queued;
+  /* Commands: see ledger_command.c. */
+  _Atomic uint64_t controlled;
+  _Atomic uint64_t mail, answer[KVC_LEDGER_ANSWERS];
+  _Atomic uint32_t doorbell, answered; /* futexes: of the answering side, of the asking side */
   _Atomic uint64_t group[(KVCACHED_GROUP_MAX + 1) / 8]; /* text, zero-filled */
   _Atomic uint64_t name[(KVCACHED_NAME_MAX + 1) / 8];
-  uint64_t spare[11];
+  uint64_t spare[22];
 } kvc_ledger_slot;
-_Static_assert(sizeof(kvc_ledger_slot) == 256, "the slot's size is part of the file format");
+_Static_assert(sizeof(kvc_ledger_slot) == 512, "the slot's size is part of the file format");
 
 typedef struct kvc_ledger_map {
   uint64_t magic; /* written last: a file without it is not finished */
   uint32_t version, slots, slot_size, header_size;
-  _Atomic uint64_t ticket; /* the last one drawn */
-  uint8_t spare[4096 - 32];
+  _Atomic uint64_t ticket;     /* the last age drawn */
+  _Atomic uint64_t card_limit; /* as a slot's `limit` */
+  uint8_t spare[4096 - 40];
   kvc_ledger_slot slot[KVC_LEDGER_SLOTS];
 } kvc_ledger_map;
 _Static_assert(offsetof(kvc_ledger_map, slot) == 4096, "the header's size is part of the file format");
