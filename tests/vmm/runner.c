@@ -99,7 +99,7 @@ static int end_of(int first) {
   return end;
 }
 
-static int64_t now_ms(void) {
+static int64_t clock_ms(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
@@ -110,10 +110,11 @@ static int64_t now_ms(void) {
 static int run_one(int i, char *result, size_t size) {
   current = tests[i];
   skipped = NULL;
-  int64_t start = now_ms();
+  support_begin();
+  int64_t start = clock_ms();
   tests[i]->run();
   fflush(stdout);
-  int64_t ms = now_ms() - start;
+  int64_t ms = clock_ms() - start;
   if (skipped)
     snprintf(result, size, "skip %d %lld %s\n", i, (long long)ms, skipped);
   else
@@ -180,7 +181,7 @@ static void show_output(job *j) {
 
 static int start(job *j, int first, int end, const char *self, char **own_args, int n_args) {
   const char *tmp = getenv("TMPDIR");
-  *j = (job){.first = first, .next = first, .end = end, .running = -1, .since = now_ms()};
+  *j = (job){.first = first, .next = first, .end = end, .running = -1, .since = clock_ms()};
   snprintf(j->folder, sizeof(j->folder), "%s/kvcached-tests-XXXXXX", tmp && *tmp ? tmp : "/tmp");
   int results[2], output[2];
   if (!mkdtemp(j->folder) || pipe2(results, O_CLOEXEC) != 0 || pipe2(output, O_CLOEXEC) != 0) {
@@ -253,18 +254,18 @@ static void take_line(job *j) {
   if (sscanf(j->line, "begin %d", &i) == 1) {
     j->running = i;
     j->next = i + 1;
-    j->since = now_ms();
+    j->since = clock_ms();
   } else if (sscanf(j->line, "pass %d %lld", &i, &ms) == 2) {
     read_output(j);
     say(i, PASSED, ms, "");
     if (opt.verbose) show_output(j);
     j->out_len = 0;
     j->running = -1;
-    j->since = now_ms();
+    j->since = clock_ms();
   } else if (sscanf(j->line, "skip %d %lld %399[^\n]", &i, &ms, reason) >= 2) {
     say(i, SKIPPED, ms, reason);
     j->running = -1;
-    j->since = now_ms();
+    j->since = clock_ms();
   }
 }
 
@@ -298,7 +299,7 @@ static void finish(job *j) {
   else
     snprintf(how, sizeof(how), "exit status %d", WEXITSTATUS(status));
   if (j->running >= 0) {
-    say(j->running, FAILED, now_ms() - j->since, how);
+    say(j->running, FAILED, clock_ms() - j->since, how);
     show_output(j);
   } else if (j->timed_out || status != 0) {
     /* after its last test, or before its first: a leak, a crash at exit; nothing else would count it */
@@ -354,7 +355,7 @@ static int run_all(char **own_args, int n_args) {
       read_output(j);
       if (has_ended(j)) {
         finish(j);
-      } else if (now_ms() - j->since > (int64_t)opt.timeout_s * 1000) {
+      } else if (clock_ms() - j->since > (int64_t)opt.timeout_s * 1000) {
         j->timed_out = 1;
         (void)kill(j->pid, SIGABRT); /* lets a sanitizer or a debugger say where it was */
         usleep(200 * 1000);
@@ -371,9 +372,9 @@ static void run_here(void) {
   for (int i = 0; i < n_tests; i++) {
     printf("     %s.%s\n", tests[i]->suite, tests[i]->name);
     fflush(stdout);
-    int64_t start_ms = now_ms();
+    int64_t start_ms = clock_ms();
     int how = run_one(i, result, sizeof(result));
-    say(i, how, now_ms() - start_ms, how == SKIPPED ? skipped : "");
+    say(i, how, clock_ms() - start_ms, how == SKIPPED ? skipped : "");
   }
 }
 

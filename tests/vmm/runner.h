@@ -7,6 +7,9 @@
 /* The backend of the test that runs: "host", "host-2m" or "cuda". */
 const char *test_backend_name(void);
 
+/* Called before each test. */
+void support_begin(void);
+
 /* Called before a failing process ends: removes its scratch files. */
 void support_clean_up(void);
 

@@ -17,9 +17,11 @@
 
 int on_host(void) { return strcmp(test_backend_name(), "cuda") != 0; }
 
-/* Memory of the device in use when this process opened its first context; not known once it has company. */
+/* Memory of the device in use when this test opened its first context; not known once it has company. */
 static uint64_t used_before;
 static int contexts_opened, has_company;
+
+void support_begin(void) { contexts_opened = has_company = 0; }
 
 size_t test_page(void) {
   static size_t of_device;
