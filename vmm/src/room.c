@@ -1,0 +1,147 @@
+/*
+ * Room for more: memory of the context that nobody uses, and then that of other processes, which are asked
+ * through the ledger and answer on their own time, within a bound.
+ */
+#include "context.h"
+
+#include <inttypes.h>
+#include <time.h>
+
+/* ---- own memory ---- */
+
+/* Gives back memory of pages in `state` until *freed is `bytes` or there is none. The highest addresses of
+   the newest region go first. What fails is left out; the first error is returned. */
+static int take_state(struct kvcached_ctx *ctx, uint8_t state, uint64_t bytes,
+                      const struct kvcached_region *keep, size_t first, size_t end, uint64_t *freed) {
+  int err = KVCACHED_OK;
+  for (struct kvcached_region *r = ctx->regions; r && *freed < bytes; r = r->next) {
+    /* Pages that the helper reads may have been released meanwhile, but not taken. */
+    if (r->copy.reading) continue;
+    size_t skip_first = r == keep ? first : 0, skip_end = r == keep ? end : 0;
+    size_t stop = r->pages.n, at, n;
+    int taken = 0;
+    while (*freed < bytes && r->pages.count[state] > 0) {
+      uint64_t pages = (bytes - *freed - 1) / r->unit + 1, got = 0;
+      size_t most = pages < r->pages.n ? (size_t)pages : r->pages.n;
+      n = kvc_pages_last(&r->pages, state, stop, most, skip_first, skip_end, &at);
+      if (n == 0) break;
+      stop = at;
+      int e = kvc_empty(r, at, n, KVC_UNMAPPED, 0, &got);
+      if (e) {
+        if (!err) err = e;
+        continue;
+      }
+      taken = 1;
+      kvc_unclaim(ctx, got);
+      *freed += got;
+    }
+    if (taken) r->counters.trims++;
+  }
+  return err;
+}
+
+static uint64_t idle_bytes(const struct kvcached_ctx *ctx) {
+  uint64_t bytes = 0;
+  for (const struct kvcached_region *r = ctx->regions; r; r = r->next)
+    bytes += kvc_state_bytes(r, KVC_READY) + kvc_state_bytes(r, KVC_IDLE);
+  return bytes;
+}
+
+/* Pool first: it costs no unmap. */
+static int take_pool(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *freed) {
+  if (kvc_pool_bytes(ctx) == 0) return KVCACHED_OK;
+  uint64_t pages = bytes > 0 ? (bytes - 1) / ctx->device->page_size + 1 : 0, got = 0;
+  int err = kvc_pool_trim(ctx, pages < ctx->pool.n ? ctx->pool.n - (size_t)pages : 0, &got);
+  *freed += got;
+  return err;
+}
+
+uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
+                          size_t first, size_t end) {
+  kvc_detail d = kvc_detail_keep();
+  uint64_t freed = 0;
+  int err = take_pool(ctx, bytes, &freed);
+  if (freed < bytes && idle_bytes(ctx) > 0) {
+    /* A kernel launched before its pages were released may still be reading them. */
+    int e = kvc_call(ctx)->quiesce(ctx->device);
+    if (!e) {
+      e = take_state(ctx, KVC_READY, bytes, keep, first, end, &freed);
+      int e2 = take_state(ctx, KVC_IDLE, bytes, keep, first, end, &freed);
+      if (!e) e = e2;
+    }
+    if (!err) err = e;
+  }
+  if (err)
+    kvc_log(ctx, KVCACHED_LOG_WARN, "not all idle memory could be given up: %s", kvcached_last_error());
+  if (freed > 0) {
+    kvc_log(ctx, KVCACHED_LOG_DEBUG, "%" PRIu64 " idle bytes given up for others", freed);
+    kvc_reap(ctx);
+    kvc_publish(ctx);
+  }
+  (void)kvc_detail_again(err, &d);
+  return freed;
+}
+
+int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
+  *freed = 0;
+  uint64_t all = kvc_pool_bytes(ctx) + idle_bytes(ctx);
+  if (all <= keep) return KVCACHED_OK;
+  uint64_t bytes = all - keep;
+  int err = take_pool(ctx, bytes, freed);
+  int e = take_state(ctx, KVC_READY, bytes, NULL, 0, 0, freed);
+  if (!err) err = e;
+  e = take_state(ctx, KVC_IDLE, bytes, NULL, 0, 0, freed);
+  if (!err) err = e;
+  if (*freed > 0) {
+    ctx->counters.trims++;
+    kvc_reap(ctx);
+    kvc_publish(ctx);
+  }
+  return err;
+}
+
+/* ---- memory of others ---- */
+
+/* Milliseconds left, rounded up; 0: the time is up. */
+static uint32_t left_ms(const kvc_room *room) {
+  int64_t left = room->deadline_ns - kvc_now_ns();
+  return left > 0 ? (uint32_t)((left + 999999) / 1000000) : 0;
+}
+
+/* Asks the next process that a command may make give something; 1 when it did. */
+static int ask(struct kvcached_ctx *ctx, kvc_room *room, int sleep) {
+  uint32_t left;
+  while ((left = left_ms(room)) > 0) {
+    int slot = kvc_ledger_pick_victim(ctx->ledger, ctx->slot, sleep, room->asked[sleep]);
+    if (slot < 0) return 0;
+    room->asked[sleep][slot / 64] |= UINT64_C(1) << (slot % 64);
+    /* A process that hangs has only half of what is left, so that the next ones are asked too. */
+    uint32_t share = left > 100 ? left / 2 : left;
+    uint64_t freed = 0;
+    int err = kvcached_ledger_command(ctx->ledger, slot, sleep ? KVCACHED_CMD_SLEEP : KVCACHED_CMD_TRIM,
+                                      share, &freed);
+    if (err == KVCACHED_OK && freed > 0) return 1;
+    if (err == KVCACHED_E_TIMEOUT) room->late = 1;
+  }
+  return 0;
+}
+
+/* Waits a moment for one that was asked and did not answer in time. */
+static int wait_for_late(kvc_room *room) {
+  uint32_t left = left_ms(room);
+  if (!room->late || left == 0) return 0;
+  struct timespec moment = {.tv_nsec = (long)(left < 20 ? left : 20) * 1000000};
+  (void)nanosleep(&moment, NULL);
+  return 1;
+}
+
+int kvc_make_room(struct kvcached_ctx *ctx, kvc_room *room) {
+  if (!ctx->ledger) return 0;
+  if (room->deadline_ns == 0) room->deadline_ns = kvc_now_ns() + (int64_t)ctx->options.room_wait_ms * 1000000;
+  kvc_detail d = kvc_detail_keep();
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  int room_made = ask(ctx, room, 0) || ask(ctx, room, 1) || wait_for_late(room);
+  (void)pthread_mutex_lock(&ctx->mutex);
+  (void)kvc_detail_again(KVCACHED_OK, &d);
+  return room_made;
+}
