@@ -31,6 +31,7 @@
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pid_t owner; /* the process that called cuInit; 0: none has */
 static int n_devices, lost;
+static unsigned long calls;
 static struct cu_context_object primary[FAKE_DEVICES];
 static _Thread_local cu_context stack[16]; /* of current contexts */
 static _Thread_local int depth;
@@ -45,6 +46,7 @@ uint64_t fake_number(const char *name, uint64_t without) {
 cu_result fake_begin(void) {
   if (owner != getpid()) return CU_NOT_INITIALIZED;
   (void)pthread_mutex_lock(&mutex);
+  calls++;
   return lost ? CU_ILLEGAL_ADDRESS : CU_OK;
 }
 
@@ -59,6 +61,13 @@ cu_result fake_begin_in_context(cu_context *current) {
   if (r != CU_OK) return r;
   if (!*current) return CU_INVALID_CONTEXT;
   return (*current)->retained ? CU_OK : CU_CONTEXT_IS_DESTROYED;
+}
+
+unsigned long fake_cuda_calls(void) {
+  (void)pthread_mutex_lock(&mutex);
+  unsigned long n = calls;
+  (void)pthread_mutex_unlock(&mutex);
+  return n;
 }
 
 int fake_is_device(cu_device device) { return device >= 0 && device < n_devices; }
@@ -105,7 +114,8 @@ __attribute__((constructor)) static void take_away(void) {
       _exit(98);
     }
     uintptr_t page = (uintptr_t)symbol & ~(uintptr_t)4095;
-    if (mprotect((void *)page, 8192, PROT_READ | PROT_WRITE) != 0) _exit(98);
+    size_t len = (uintptr_t)(symbol + 1) - page; /* an entry may lie across two pages */
+    if (mprotect((void *)page, len, PROT_READ | PROT_WRITE) != 0) _exit(98);
     symbol->st_value = 0; /* undefined: the search goes on without it */
     symbol->st_shndx = SHN_UNDEF;
   }

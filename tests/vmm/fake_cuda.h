@@ -18,6 +18,8 @@ cu_result cuDeviceGetUuid_v2(cu_uuid *uuid, cu_device device);
 cu_result cuCtxCreate_v2(cu_context *out, unsigned flags, cu_device device);
 cu_result cuCtxDestroy_v2(cu_context context);
 cu_result cuCtxSetCurrent(cu_context context);
+/* Of the fake alone: calls since the process began. */
+unsigned long fake_cuda_calls(void);
 #pragma GCC visibility pop
 
 enum {

@@ -159,7 +159,7 @@ static int create(kvc_device *d, size_t size, kvc_handle *out) {
   int err = fails(FAULT_CREATE);
   if (!err) err = of(d)->create(d, size, out);
   if (err) return err;
-  held.handles++;
+  if (of(d)->pools) held.handles++; /* tokens are not counted, several may become one */
   held.handle_bytes += (int64_t)size;
   return KVCACHED_OK;
 }
@@ -168,7 +168,7 @@ static int destroy(kvc_device *d, size_t size, kvc_handle handle) {
   int err = fails(FAULT_DESTROY);
   if (!err) err = of(d)->destroy(d, size, handle);
   if (err) return err;
-  held.handles--;
+  if (of(d)->pools) held.handles--;
   held.handle_bytes -= (int64_t)size;
   return KVCACHED_OK;
 }
@@ -188,8 +188,10 @@ static int give_access(kvc_device *d, kvc_space *space, size_t off, size_t len) 
 static int unmap(kvc_device *d, kvc_space *space, size_t off, size_t len) {
   int err = fails(FAULT_UNMAP);
   if (!err) err = of(d)->unmap(d, space, off, len);
-  if (!err) held.mapped -= (int64_t)len;
-  return err;
+  if (err) return err;
+  held.mapped -= (int64_t)len;
+  if (!of(d)->pools) held.handle_bytes -= (int64_t)len; /* tokens end here */
+  return KVCACHED_OK;
 }
 
 static int zero(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off, size_t len) {

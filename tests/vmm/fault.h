@@ -48,7 +48,7 @@ unsigned fault_failures(fault_kind kind);
 /* What the library holds of the backend, by the calls it made. */
 typedef struct fault_held {
   int64_t devices, spaces, reserved; /* reserved: bytes */
-  int64_t handles, handle_bytes;     /* made and not ended */
+  int64_t handles, handle_bytes;     /* made and not ended; handles: of a backend that pools */
   int64_t mapped;                    /* bytes under addresses */
   int64_t host, host_bytes;          /* pieces of host memory, and their bytes */
 } fault_held;

@@ -48,8 +48,7 @@ static int resolve_all(void *library, kvc_cuda_driver *driver) {
   if (n == 0) return KVCACHED_OK;
   return kvc_fail(KVCACHED_E_UNSUPPORTED,
                   "the driver library " KVC_CUDA_LIBRARY
-                  " lacks %zu entry points: %s; "
-                  "it needs a driver of CUDA 11.0 or newer",
+                  " lacks entry points, %zu in all: %s; a driver of CUDA 11.0 or newer has them",
                   n, missing);
 }
 
