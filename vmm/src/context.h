@@ -1,61 +1,282 @@
-/* Contexts and regions, shared by context.c (life, accounts) and region.c (pages). */
+/*
+ * Contexts and regions as the library sees them.
+ *
+ *   context.c   options, life, claims; figures.c       gate.c      who is inside, and who wants to be alone
+ *   region.c    the public calls on pages              sleep.c     sleep, and preparing it
+ *   fill.c      memory under runs of pages, undoing    hostcopy.c  host memory that keeps sleeping content
+ *   pool.c      handles without an address             room.c      own idle memory, then other processes
+ *   access.c    read, write, clear; alloc and free     worker.c    the helper thread
+ *   wake.c      memory and content for sleepers        control.c   the thread that answers commands
+ *
+ * Locks, in the order they are taken: the gate (shared or alone), then ctx->mutex, then those of the ledger.
+ * Whoever holds the mutex never waits for the gate. Driver calls are made with the mutex held, but those of
+ * the helper thread: it marks its pages BUSY, lets go of the mutex, works, and takes it again to publish; who
+ * needs a BUSY page waits on ctx->busy_cond. Waits for other processes are made without the mutex
+ * (kvc_make_room lets go of it).
+ *
+ * The rule that everything keeps: bytes claimed = bytes of pages with memory (ENSURED, READY, IDLE, BUSY,
+ * WAKING, and stuck ones that are ASLEEP) + bytes of the pool. A claim is made before memory is taken and
+ * dropped after it is given back, so a process killed anywhere in between leaves nothing, and others never
+ * see less claimed than held.
+ */
 #ifndef KVC_CONTEXT_H
 #define KVC_CONTEXT_H
 
 #include "backend.h"
+#include "gate.h"
+#include "hostcopy.h"
 #include "ledger.h"
 #include "pages.h"
+#include "pool.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/types.h>
 
 typedef struct kvc_counters {
-  uint64_t ensures, releases, trims, limit_failures;
+  uint64_t ensures, releases, trims, limit_failures, sleeps, wakes, last_sleep_ns, last_wake_ns;
 } kvc_counters;
 
 struct kvcached_region {
   struct kvcached_ctx *ctx;
   struct kvcached_region *next; /* older */
+  int kind;                     /* kvcached_kind */
+  int allocated;                /* made by kvcached_alloc */
   kvc_space space;
+  size_t unit; /* bytes of a page of this region; the last one may be shorter */
   kvc_pages pages;
+  kvc_hostcopy copy;
+  kvcached_reload_fn reload;
+  void *reload_user;
+  int dead;                      /* unreserved, but some of its memory could not be taken yet */
+  size_t ahead_first, ahead_end; /* pages asked for by prepare and not looked at yet; empty: nothing */
   kvc_counters counters;
 };
 
 struct kvcached_ctx {
   pid_t pid; /* of the process that opened it */
-  pthread_mutex_t mutex;
   const kvc_backend *backend;
-  size_t page_size;
-  uint64_t limit;
-  kvcached_ledger_t ledger; /* NULL = none */
+  kvc_device *device;
+  kvc_gate gate;
+
+  pthread_mutex_t mutex;      /* guards everything below but what is atomic */
+  pthread_cond_t busy_cond;   /* a BUSY page is no longer so */
+  pthread_cond_t work_cond;   /* there is work for the helper, or it shall stop */
+  kvcached_options_t options; /* as given; its pointers are not to be used after open */
+  uint64_t limit;             /* the caller's own; without a ledger, the one in force */
+  kvcached_ledger_t ledger;   /* NULL = none */
   int slot;
-  uint64_t fixed; /* charged beside the pages when there is no ledger */
-  uint64_t claim; /* bytes claimed: always those mapped, but inside ensure, where it runs ahead */
-  uint64_t reserved;
+  uint64_t fixed;                  /* charged beside the pages when there is no ledger */
+  uint64_t claim;                  /* bytes claimed on the device */
+  uint64_t host_claim;             /* bytes claimed of the host budget */
   struct kvcached_region *regions; /* newest first */
+  kvc_pool pool;
   kvc_counters counters;
+  _Atomic size_t asleep; /* pages asleep in all regions: enter looks at it without the mutex */
+  _Atomic uint64_t device_calls;
+
+  pthread_t worker, control;
+  int worker_runs, control_runs; /* the threads exist */
+  _Atomic int stopping;
+  unsigned sleep_ahead; /* kinds that prepare_sleep asked for, still to be done by the helper */
+  struct kvcached_region *worker_region; /* the region the helper works on without the mutex, or NULL */
+  unsigned worker_waiters; /* threads in kvc_wait_worker: the helper begins nothing while there are any */
+
   void (*log)(int level, const char *msg, void *user);
   void *log_user;
 };
 
+/* ---- context.c ---- */
+
 void kvc_log(const struct kvcached_ctx *ctx, int level, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* E_FORKED when this process is not the context's own. */
-int kvc_check_process(const struct kvcached_ctx *ctx);
+/* getpid(), which is a system call, for next to nothing. */
+pid_t kvc_pid(void);
+/* E_FORKED when this process is not the context's own; E_INVAL for NULL. */
+int kvc_check_ctx(const struct kvcached_ctx *ctx);
 
-/* Adds bytes to the context's claim, within the limit; on E_LIMIT *excess is by how much they pass it. The
- * context's mutex is held. */
-int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *excess);
+/* Adds bytes to the context's claim, within the limits; the mutex is held. On E_LIMIT *shortage says by how
+   much they pass each. */
+int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms, kvc_shortage *shortage);
 void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes);
+/* The same for host memory. E_HOST_LIMIT. */
+int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes);
+void kvc_unclaim_host(struct kvcached_ctx *ctx, uint64_t bytes);
 
-/* Frees a region, its pages and their claim. The context's mutex is held. */
+/* Tells the ledger what has changed; the mutex is held. */
+void kvc_publish(struct kvcached_ctx *ctx);
+
+/* A call of the backend that is counted: kvc_call(ctx)->map(ctx->device, ...). */
+static inline const kvc_backend *kvc_call(struct kvcached_ctx *ctx) {
+  atomic_fetch_add_explicit(&ctx->device_calls, 1, memory_order_relaxed);
+  return ctx->backend;
+}
+
+/* ---- region.c ---- */
+
+int kvc_reserve(struct kvcached_ctx *ctx, int kind, size_t size, size_t unit, struct kvcached_region **out);
+/* Frees a region, its pages, copy and claims; the mutex is held, the device idle. */
 void kvc_region_free(struct kvcached_region *region);
+/* Pages [first, end) ensured or none, waking the region if it sleeps; the mutex is held, and let go of while
+   waiting for room. */
+int kvc_ensure(struct kvcached_region *region, size_t first, size_t end);
+/* The same; `before` (end - first bytes) has the states that the pages had just before. */
+int kvc_ensure_noting(struct kvcached_region *region, size_t first, size_t end, uint8_t *before);
+/* E_INVAL, E_FORKED. */
+int kvc_check_range(const struct kvcached_region *region, size_t off, size_t len);
+/* Where pages [first, first + n) begin and end in the region: its last page may be short. */
+static inline size_t kvc_off(const struct kvcached_region *r, size_t first) { return first * r->unit; }
+static inline size_t kvc_bytes(const struct kvcached_region *r, size_t first, size_t n) {
+  return (first + n < r->pages.n ? (first + n) * r->unit : r->space.size) - first * r->unit;
+}
+/* Bytes of all pages in a state; of all that have memory. */
+static inline uint64_t kvc_state_bytes(const struct kvcached_region *r, uint8_t state) {
+  uint64_t bytes = (uint64_t)r->pages.count[state] * r->unit;
+  return r->pages.state[r->pages.n - 1] == state ? bytes - r->pages.n * r->unit + r->space.size : bytes;
+}
+uint64_t kvc_mapped_bytes(const struct kvcached_region *r);
+/* The same, waiting for the helper and the device first; the mutex is held, and let go of meanwhile. */
+void kvc_unreserve(struct kvcached_region *region);
+/* The end of a region whose memory the driver does not give back, at shutdown. */
+void kvc_region_abandon(struct kvcached_region *region);
+/* Frees dead regions whose memory has been taken meanwhile; the mutex is held. */
+void kvc_reap(struct kvcached_ctx *ctx);
+/* Counts a call that ends with E_LIMIT; returns err. The mutex is held. */
+int kvc_note_limit(struct kvcached_region *r, int err);
+/* The device idle before mappings change, where it has to be. */
+int kvc_quiesce(struct kvcached_ctx *ctx);
 
-/* Adds a region's figures to *sum; the context's mutex is held. */
+/* ---- fill.c: the mutex held, unless it says otherwise; states are set by them ---- */
+
+/* Memory under the runs of `from` pages in [first, end) (UNMAPPED or ASLEEP), zeroed if `zero`, which become
+   `to`. The claim for all of them has been made; what stuck pages and handles from the pool bring along is
+   dropped. All or none: on failure handles made are destroyed or pooled, and *kept says how many bytes of the
+   claim are still held by memory. Pages that could not be unmapped again are stuck then: IDLE, or ASLEEP
+   where they were so. */
+int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
+             uint64_t *kept);
+
+/* The same for a claim of kvc_missing() bytes made since the mutex was taken. queued: there is work on the
+   caller's lane already that has to be finished too. */
+int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
+                     int queued, uint64_t *kept);
+
+/* Bytes to claim for the `from` pages of [first, end): without what is stuck in them, and what the pool has.
+ */
+uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, uint8_t from);
+
+/* Takes the memory of a run of pages of one state, which become `to`. Handles go to the pool as far as
+   `to_pool` bytes allow and the rest is destroyed. *freed: bytes whose claim the caller has to drop
+   (destroyed). On failure the run is as before. */
+int kvc_empty(struct kvcached_region *r, size_t first, size_t n, uint8_t to, uint64_t to_pool,
+              uint64_t *freed);
+
+/* One run of pages that get memory, for who does not hold the mutex meanwhile. */
+typedef struct kvc_run {
+  struct kvcached_region *r;
+  size_t first, n; /* pages */
+  kvc_lane lane;
+  int zero;
+  size_t given;  /* handles from the pool, in the table already: those of the first pages */
+  size_t made;   /* handles in the table */
+  size_t mapped; /* pages mapped */
+  int queued;    /* work on the lane may not be finished */
+} kvc_run;
+
+/* Puts as many handles of the pool in the table as the run can use. */
+void kvc_run_begin(kvc_run *run);
+/* Makes the rest, maps, gives access and queues the zeroing; on failure to be undone. The mutex need not be
+   held: nobody else may touch the run's pages. */
+int kvc_run_make(kvc_run *run);
+/* Waits for the zeroing; the mutex need not be held. */
+int kvc_run_finish(kvc_run *run);
+/* Undoes all of it; the pages become `from`, but stuck ones IDLE or ASLEEP. Adds the bytes that still have
+   memory (stuck, pooled) to *held. The thread's error detail stays. */
+void kvc_run_undo(kvc_run *run, uint8_t from, uint64_t *held);
+
+/* Bytes that the pool may take up to its bound. */
+uint64_t kvc_pool_room(const struct kvcached_ctx *ctx);
+/* Bytes of the pool, and of handles that could not be destroyed. */
+uint64_t kvc_pool_bytes(const struct kvcached_ctx *ctx);
+
+/* The thread's error detail, kept over calls that may fail too. */
+typedef struct kvc_detail {
+  char text[1024];
+} kvc_detail;
+kvc_detail kvc_detail_keep(void);
+int kvc_detail_again(int err, const kvc_detail *detail);
+
+/* ---- room.c ---- */
+
+/* Progress of one call that looks for room. Zero it before. */
+typedef struct kvc_room {
+  int64_t deadline_ns;  /* 0: not begun */
+  uint64_t asked[2][2]; /* slots asked to trim, to sleep */
+  int late;             /* one of them did not answer in time and may still be at it */
+} kvc_room;
+
+/* Gives up ready, idle and pooled memory of the context for about `bytes` of it, but pages [first, end) of
+   `keep`; the mutex is held throughout. Returns bytes unclaimed. The thread's error detail stays. */
+uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
+                          size_t first, size_t end);
+/* Lets go of the mutex, has another process make room, takes the mutex again. 1: something may have changed,
+   try again. 0: nobody is left to ask, or the time is up. The thread's error detail stays. */
+int kvc_make_room(struct kvcached_ctx *ctx, kvc_room *room);
+/* Gives back pool, ready and idle memory until at most keep bytes remain; the mutex is held, the device idle.
+ */
+int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed);
+
+/* ---- sleep.c: all with the mutex held ---- */
+
+/* Puts the regions of `kinds` to sleep; alone in the gate, the device idle. */
+int kvc_sleep(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed);
+/* The same from the start: waits for the helper and the device first; alone in the gate. May let go of the
+   mutex, before anything has changed. */
+int kvc_sleep_alone(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed);
+/* The helper's part of prepare_sleep: does a bounded piece of it, letting go of the mutex meanwhile. 1: there
+ * is more. */
+int kvc_prepare_sleep_step(struct kvcached_ctx *ctx);
+
+/* ---- wake.c: all with the mutex held ---- */
+
+/* Whether a region has to be woken before its content may be touched. */
+static inline int kvc_sleeps(const struct kvcached_region *r) { return r->pages.count[KVC_ASLEEP] > 0; }
+/* Brings ctx->asleep, and what awake regions note of their sleep, up to date: to be called after anything
+   that changed what kvc_sleeps says. */
+void kvc_count_asleep(struct kvcached_ctx *ctx);
+/* Whether the calling thread is inside this region's reload function: it holds the mutex already then, all
+   pages that were asleep are ENSURED, and writes go straight to the backend. Asked before taking the mutex.
+ */
+int kvc_reloading(const struct kvcached_region *region);
+
+/* Wakes one region, or all of `kinds`. May let go of the mutex while waiting for room. */
+int kvc_wake_region(struct kvcached_region *region);
+int kvc_wake(struct kvcached_ctx *ctx, unsigned kinds);
+/* Memory and content for a region's sleeping pages, all or none. *held: bytes claimed that no memory is under
+   yet; what remains of it is the caller's to drop. E_NOMEM, E_DEVICE, E_RELOAD ... */
+int kvc_refill(struct kvcached_region *region, uint64_t *held);
+
+/* ---- worker.c, control.c (kvc_control_start, kvc_stop_threads) ---- */
+
+/* Starts the helper if it does not run; the mutex is held. */
+int kvc_worker_start(struct kvcached_ctx *ctx);
+/* One bounded piece of look-ahead on a region by the calling thread (lane CALLER; the mutex is held
+ * throughout). */
+void kvc_prepare_inline(struct kvcached_region *region);
+/* Waits until the helper works neither on these pages nor on the region's copy; the mutex is held, and let go
+   of meanwhile. */
+void kvc_wait_worker(struct kvcached_region *region);
+/* The same for all regions; what prepare asked for and has not been begun is forgotten. */
+void kvc_wait_all(struct kvcached_ctx *ctx);
+int kvc_control_start(struct kvcached_ctx *ctx);
+/* Ends both threads; the mutex is not held. */
+void kvc_stop_threads(struct kvcached_ctx *ctx);
+/* Starts a thread of the library, all signals blocked. E_SYSTEM. */
+int kvc_thread_start(pthread_t *thread, void *(*body)(void *), void *arg, const char *name);
+
+/* ---- context.c, figures ---- */
 void kvc_region_add_stats(const struct kvcached_region *region, kvcached_stats_t *sum);
-
-/* Fills in what is the context's and copies as much to *out as its struct_size says. */
 int kvc_stats_finish(struct kvcached_ctx *ctx, kvcached_stats_t *stats, kvcached_stats_t *out);
 
 #endif

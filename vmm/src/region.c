@@ -1,291 +1,182 @@
-/*
- * Regions: which of their pages have memory.
- *
- * The rule that every function here keeps: bytes claimed = bytes of ensured and idle pages. A claim is made
- * before memory is taken and dropped after it is given back, so a process killed anywhere in between leaves
- * nothing, and others never see less claimed than held.
- */
+/* Regions: their life, and the public calls on their pages. */
 #include "context.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
-#include <string.h>
 
-/* Idle pages that may be taken: those of the context but [first, end) of one region (which is about to use
- * them itself). */
-typedef struct keep_range {
-  const struct kvcached_region *region;
-  size_t first, end;
-} keep_range;
-
-static int check_range(const struct kvcached_region *r, size_t off, size_t len) {
+int kvc_check_range(const struct kvcached_region *r, size_t off, size_t len) {
   if (!r) return kvc_fail(KVCACHED_E_INVAL, "region is NULL");
-  int err = kvc_check_process(r->ctx);
+  int err = kvc_check_ctx(r->ctx);
   if (err) return err;
   if (off > r->space.size || len > r->space.size - off)
     return kvc_fail(KVCACHED_E_INVAL, "%zu bytes at %zu: the region has %zu", len, off, r->space.size);
   return KVCACHED_OK;
 }
 
-static size_t idle_pages(const struct kvcached_ctx *ctx) {
-  size_t n = 0;
-  for (const struct kvcached_region *r = ctx->regions; r; r = r->next) n += r->pages.count[KVC_IDLE];
-  return n;
-}
-
-/* Takes the memory of up to `want` idle pages; their claim stays for the caller to drop or use. *got: how
- * many. */
-static int take_idle(struct kvcached_ctx *ctx, size_t want, keep_range keep, size_t *got) {
-  *got = 0;
-  for (struct kvcached_region *r = ctx->regions; r && *got < want; r = r->next) {
-    size_t before = *got, end = r->pages.n, first, n;
-    size_t skip_first = r == keep.region ? keep.first : 0, skip_end = r == keep.region ? keep.end : 0;
-    int err = KVCACHED_OK;
-    while (*got < want && r->pages.count[KVC_IDLE] > 0 &&
-           (n = kvc_pages_last_idle(&r->pages, end, want - *got, skip_first, skip_end, &first)) > 0) {
-      err = ctx->backend->unmap(&r->space, first * ctx->page_size, n * ctx->page_size);
-      if (err) break;
-      kvc_pages_set(&r->pages, first, n, KVC_UNMAPPED);
-      *got += n;
-      end = first;
-    }
-    if (*got > before) r->counters.trims++;
-    if (err) return err;
-  }
-  return KVCACHED_OK;
-}
-
-/* Claims memory for `need` pages; where the limit leaves less, the claim of idle pages elsewhere is used for
-   the rest, and they lose their memory. Nothing is taken from them unless that suffices. */
-static int claim_pages(struct kvcached_ctx *ctx, size_t need, keep_range keep, size_t idle_elsewhere) {
-  uint64_t page = ctx->page_size, excess;
-  size_t take = 0; /* idle pages to use */
-  for (;;) {
-    size_t claimed = need > take ? need - take : 0;
-    int err = KVCACHED_OK;
-    if (claimed > 0) err = kvc_claim(ctx, claimed * page, &excess);
-    if (err == KVCACHED_E_LIMIT) {
-      uint64_t more = excess / page + (excess % page != 0);
-      if (more > idle_elsewhere - take) return err;
-      take += (size_t)more;
-      continue;
-    }
-    if (err) return err;
-    if (take == 0) return KVCACHED_OK;
-
-    size_t got;
-    err = take_idle(ctx, take, keep, &got);
-    /* The claims of `got` pages have no memory now, and `need` of all that is claimed is what the caller
-     * asked for. */
-    if (err)
-      kvc_unclaim(ctx, (claimed + got) * page);
-    else if (take > need)
-      kvc_unclaim(ctx, (take - need) * page);
-    kvc_log(ctx, KVCACHED_LOG_DEBUG, "the limit is reached: %zu idle pages used for others", got);
-    return err;
-  }
-}
-
-/* Undoes the mapping of the runs of [first, end) that are still noted as unmapped. *stuck: pages that could
-   not be unmapped, and are idle now. */
-static void unmap_new(struct kvcached_region *r, size_t first, size_t end, size_t *stuck) {
-  size_t page = r->ctx->page_size, n;
-  *stuck = 0;
-  for (size_t i = first; i < end; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
-    if (r->pages.state[i] != KVC_UNMAPPED) continue;
-    if (r->ctx->backend->unmap(&r->space, i * page, n * page) == KVCACHED_OK) continue;
-    kvc_pages_set(&r->pages, i, n, KVC_IDLE);
-    *stuck += n;
-  }
-}
-
-/* Memory under every unmapped page of [first, end), zeros in every idle one; states are the caller's to set.
- */
-static int fill_range(struct kvcached_region *r, size_t first, size_t end, size_t *stuck) {
-  const kvc_backend *backend = r->ctx->backend;
-  size_t page = r->ctx->page_size, n, i;
-  int err = KVCACHED_OK;
-  *stuck = 0;
-  for (i = first; i < end; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
-    if (r->pages.state[i] != KVC_UNMAPPED) continue;
-    err = backend->map(&r->space, i * page, n * page);
-    if (err) goto undo;
-  }
-  for (size_t k = first; k < end; k += n) {
-    n = kvc_pages_run(&r->pages, k, end);
-    if (r->pages.state[k] != KVC_IDLE) continue;
-    err = backend->zero(&r->space, k * page, n * page);
-    if (err) goto undo;
-  }
-  return KVCACHED_OK;
-
-undo:
-  unmap_new(r, first, i, stuck);
-  return err;
-}
-
-static int ensure_once(struct kvcached_region *r, size_t first, size_t end) {
-  struct kvcached_ctx *ctx = r->ctx;
-  size_t count[KVC_STATES], stuck;
-  kvc_pages_count(&r->pages, first, end, count);
-  if (count[KVC_ENSURED] == end - first) return KVCACHED_OK;
-  size_t need = count[KVC_UNMAPPED];
-  keep_range keep = {r, first, end};
-  if (need > 0) {
-    int err = claim_pages(ctx, need, keep, idle_pages(ctx) - count[KVC_IDLE]);
-    if (err) return err;
-  }
-  int err = fill_range(r, first, end, &stuck);
-  if (err) {
-    kvc_unclaim(ctx, (need - stuck) * (uint64_t)ctx->page_size);
-    return err;
-  }
-  kvc_pages_set(&r->pages, first, end - first, KVC_ENSURED);
-  r->counters.ensures++;
-  ctx->counters.ensures++;
-  return KVCACHED_OK;
-}
-
-int kvcached_ensure(kvcached_region_t r, size_t off, size_t len) {
-  int err = check_range(r, off, len);
-  if (err || len == 0) return err;
-  struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / ctx->page_size, end = (off + len - 1) / ctx->page_size + 1;
-  (void)pthread_mutex_lock(&ctx->mutex);
-  err = ensure_once(r, first, end);
-  if (err == KVCACHED_E_NOMEM) {
-    /* The system is short: what lies idle here goes back to it first, then once more. */
-    size_t got = 0;
-    (void)take_idle(ctx, SIZE_MAX, (keep_range){r, first, end}, &got);
-    kvc_unclaim(ctx, got * (uint64_t)ctx->page_size);
-    if (got > 0) {
-      kvc_log(ctx, KVCACHED_LOG_WARN, "%s; %zu idle pages given back", kvcached_last_error(), got);
-      err = ensure_once(r, first, end);
-    }
-  }
+int kvc_note_limit(struct kvcached_region *r, int err) {
   if (err == KVCACHED_E_LIMIT) {
     r->counters.limit_failures++;
-    ctx->counters.limit_failures++;
+    r->ctx->counters.limit_failures++;
   }
-  (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
 }
 
-int kvcached_release(kvcached_region_t r, size_t off, size_t len) {
-  int err = check_range(r, off, len);
-  if (err) return err;
-  struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / ctx->page_size + (off % ctx->page_size != 0), end = (off + len) / ctx->page_size, n,
-         changed = 0;
-  (void)pthread_mutex_lock(&ctx->mutex);
-  for (size_t i = first; i < end; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
-    if (r->pages.state[i] != KVC_ENSURED) continue;
-    kvc_pages_set(&r->pages, i, n, KVC_IDLE);
-    changed += n;
-  }
-  if (changed) {
-    r->counters.releases++;
-    ctx->counters.releases++;
-  }
-  (void)pthread_mutex_unlock(&ctx->mutex);
-  return KVCACHED_OK;
-}
+/* ---- life ---- */
 
-int kvcached_trim(kvcached_ctx_t ctx, size_t keep_bytes, size_t *freed) {
-  if (freed) *freed = 0;
-  if (!ctx) return kvc_fail(KVCACHED_E_INVAL, "ctx is NULL");
-  int err = kvc_check_process(ctx);
-  if (err) return err;
-  (void)pthread_mutex_lock(&ctx->mutex);
-  size_t idle = idle_pages(ctx), keep = keep_bytes / ctx->page_size, got = 0;
-  if (idle > keep) err = take_idle(ctx, idle - keep, (keep_range){0}, &got);
-  kvc_unclaim(ctx, got * (uint64_t)ctx->page_size);
-  if (got) ctx->counters.trims++;
-  if (freed) *freed = got * ctx->page_size;
-  (void)pthread_mutex_unlock(&ctx->mutex);
-  return err;
-}
-
-int kvcached_mapped_run(kvcached_region_t r, size_t off, size_t len, size_t *run, int *ensured) {
-  if (!run || !ensured) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", run ? "ensured" : "run");
-  *run = 0;
-  *ensured = 0;
-  int err = check_range(r, off, len);
-  if (err || len == 0) return err;
-  struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / ctx->page_size, end = (off + len - 1) / ctx->page_size + 1, i;
-  (void)pthread_mutex_lock(&ctx->mutex);
-  *ensured = r->pages.state[first] == KVC_ENSURED;
-  for (i = first; i < end && (r->pages.state[i] == KVC_ENSURED) == *ensured;)
-    i += kvc_pages_run(&r->pages, i, end);
-  (void)pthread_mutex_unlock(&ctx->mutex);
-  *run = i == end ? len : i * ctx->page_size - off;
-  return KVCACHED_OK;
-}
-
-int kvcached_reserve(kvcached_ctx_t ctx, size_t size, kvcached_region_t *out) {
-  if (!out) return kvc_fail(KVCACHED_E_INVAL, "out is NULL");
+int kvc_reserve(struct kvcached_ctx *ctx, int kind, size_t size, size_t unit, struct kvcached_region **out) {
+  size_t page = ctx->device->page_size;
   *out = NULL;
-  if (!ctx) return kvc_fail(KVCACHED_E_INVAL, "ctx is NULL");
-  int err = kvc_check_process(ctx);
-  if (err) return err;
-  size_t page = ctx->page_size;
   if (size == 0) return kvc_fail(KVCACHED_E_INVAL, "a region of 0 bytes");
   if (size > SIZE_MAX - page)
     return kvc_fail(KVCACHED_E_NOMEM, "%zu bytes are more than there are addresses", size);
-  size_t pages = (size + page - 1) / page;
-
+  size = (size + page - 1) / page * page;
+  if (unit > size) unit = size;
   struct kvcached_region *r = calloc(1, sizeof(*r));
   if (!r) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a region");
   r->ctx = ctx;
+  r->kind = kind;
+  r->unit = unit;
   /* The addresses first: a size that cannot be had is reported as that, rather than as the table for its
    * pages. */
-  err = ctx->backend->reserve(pages * page, page, &r->space);
-  if (err) goto fail;
-  if (kvc_pages_init(&r->pages, pages) != 0) {
-    err = kvc_fail(KVCACHED_E_NOMEM, "no memory for the states of %zu pages", pages);
-    ctx->backend->release(&r->space);
-    goto fail;
+  int err = kvc_call(ctx)->reserve(ctx->device, size, page, &r->space);
+  if (err) {
+    free(r);
+    return err;
+  }
+  size_t n = size / unit + (size % unit != 0);
+  if (kvc_pages_init(&r->pages, n, ctx->backend->pools) != 0) {
+    ctx->backend->unreserve(ctx->device, &r->space);
+    free(r);
+    return kvc_fail(KVCACHED_E_NOMEM, "no memory for the states of %zu pages", n);
   }
   (void)pthread_mutex_lock(&ctx->mutex);
+  kvc_reap(ctx);
   r->next = ctx->regions;
   ctx->regions = r;
-  ctx->reserved += r->space.size;
-  if (ctx->ledger) kvc_ledger_set_reserved(ctx->ledger, ctx->slot, ctx->reserved);
+  kvc_publish(ctx);
   (void)pthread_mutex_unlock(&ctx->mutex);
   *out = r;
   return KVCACHED_OK;
-
-fail:
-  free(r);
-  return err;
 }
 
-void kvc_region_free(struct kvcached_region *r) {
+int kvcached_reserve(kvcached_ctx_t ctx, int kind, size_t size, kvcached_region_t *out) {
+  if (!out) return kvc_fail(KVCACHED_E_INVAL, "out is NULL");
+  *out = NULL;
+  int err = kvc_check_ctx(ctx);
+  if (err) return err;
+  if (kind < KVCACHED_KV || kind > KVCACHED_SCRATCH)
+    return kvc_fail(KVCACHED_E_INVAL, "kind %d: KVCACHED_KV, KVCACHED_WEIGHTS or KVCACHED_SCRATCH", kind);
+  const kvc_device *d = ctx->device;
+  return kvc_reserve(ctx, kind, size, kind == KVCACHED_KV ? d->page_size : d->large_page, out);
+}
+
+static void unlink_region(struct kvcached_region *r) {
+  struct kvcached_region **p = &r->ctx->regions;
+  while (*p && *p != r) p = &(*p)->next;
+  if (*p) *p = r->next;
+}
+
+static void end_region(struct kvcached_region *r) {
   struct kvcached_ctx *ctx = r->ctx;
-  for (struct kvcached_region **p = &ctx->regions; *p; p = &(*p)->next) {
-    if (*p == r) {
-      *p = r->next;
-      break;
-    }
-  }
-  size_t mapped = r->pages.count[KVC_ENSURED] + r->pages.count[KVC_IDLE];
-  ctx->reserved -= r->space.size;
-  ctx->backend->release(&r->space);
-  kvc_unclaim(ctx, mapped * (uint64_t)ctx->page_size);
-  if (ctx->ledger) kvc_ledger_set_reserved(ctx->ledger, ctx->slot, ctx->reserved);
+  unlink_region(r);
+  kvc_call(ctx)->unreserve(ctx->device, &r->space);
   kvc_pages_free(&r->pages);
   free(r);
 }
 
+/* Takes the memory of a run of pages; what cannot be taken is idle after. */
+static void take_run(struct kvcached_region *r, size_t first, size_t n) {
+  struct kvcached_ctx *ctx = r->ctx;
+  uint64_t freed;
+  if (kvc_empty(r, first, n, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
+    kvc_unclaim(ctx, freed);
+    return;
+  }
+  /* Once more, page by page: one that the system cannot split off need not hold the others. */
+  size_t left = 0;
+  for (size_t i = first; i < first + n; i++) {
+    if (kvc_empty(r, i, 1, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
+      kvc_unclaim(ctx, freed);
+    } else {
+      kvc_pages_set(&r->pages, i, 1, KVC_IDLE);
+      kvc_pages_set_stuck(&r->pages, i, 1);
+      left++;
+    }
+  }
+  if (left > 0)
+    kvc_log(ctx, KVCACHED_LOG_ERROR, "%zu pages of a region that ends stay for a later trim: %s", left,
+            kvcached_last_error());
+}
+
+static int holds_nothing(const struct kvcached_region *r) { return r->pages.top == 0 && r->copy.n == 0; }
+
+static void free_copy(struct kvcached_region *r) {
+  uint64_t freed = 0;
+  if (kvc_hostcopy_free(r, &freed))
+    kvc_log(r->ctx, KVCACHED_LOG_ERROR, "%zu bytes of host memory of a region that ends stay: %s",
+            r->copy.capacity, kvcached_last_error());
+}
+
+void kvc_region_free(struct kvcached_region *r) {
+  struct kvcached_ctx *ctx = r->ctx;
+  size_t n;
+  for (size_t i = 0; i < r->pages.top; i += n) {
+    n = kvc_pages_run_alike(&r->pages, i, r->pages.top);
+    uint8_t state = r->pages.state[i];
+    if (state == KVC_ASLEEP && !r->pages.stuck[i])
+      kvc_pages_set(&r->pages, i, n, KVC_UNMAPPED);
+    else if (state != KVC_UNMAPPED)
+      take_run(r, i, n);
+  }
+  free_copy(r);
+  r->ahead_first = r->ahead_end = 0;
+  r->allocated = 0;
+  r->reload = NULL;
+  if (holds_nothing(r))
+    end_region(r);
+  else
+    r->dead = 1;
+  kvc_count_asleep(ctx);
+  kvc_publish(ctx);
+}
+
+void kvc_reap(struct kvcached_ctx *ctx) {
+  for (struct kvcached_region *r = ctx->regions, *next; r; r = next) {
+    next = r->next;
+    if (!r->dead || r->pages.top > 0) continue;
+    if (r->copy.n > 0) free_copy(r);
+    if (holds_nothing(r)) end_region(r);
+  }
+}
+
+void kvc_region_abandon(struct kvcached_region *r) {
+  kvc_log(r->ctx, KVCACHED_LOG_ERROR,
+          "%" PRIu64
+          " bytes of a region and %zu of host memory are left to the end "
+          "of the process",
+          kvc_mapped_bytes(r), r->copy.capacity);
+  free(r->copy.chunk);
+  free(r->copy.run);
+  end_region(r);
+}
+
+void kvc_unreserve(struct kvcached_region *r) {
+  struct kvcached_ctx *ctx = r->ctx;
+  kvc_detail d = kvc_detail_keep();
+  r->ahead_first = r->ahead_end = 0;
+  kvc_wait_worker(r);
+  /* A driver that cannot even wait gives nothing back either: it is tried all the same. */
+  if (r->pages.top > 0 && kvc_quiesce(ctx))
+    kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest: %s", kvcached_last_error());
+  kvc_region_free(r);
+  (void)kvc_detail_again(KVCACHED_OK, &d);
+}
+
 void kvcached_unreserve(kvcached_region_t r) {
-  if (!r || kvc_check_process(r->ctx)) return;
+  if (!r || kvc_check_ctx(r->ctx)) return;
   struct kvcached_ctx *ctx = r->ctx;
   (void)pthread_mutex_lock(&ctx->mutex);
-  kvc_region_free(r);
+  kvc_unreserve(r);
   (void)pthread_mutex_unlock(&ctx->mutex);
 }
 
@@ -293,27 +184,130 @@ void *kvcached_region_base(kvcached_region_t r) { return r ? r->space.base : NUL
 
 size_t kvcached_region_size(kvcached_region_t r) { return r ? r->space.size : 0; }
 
-void kvc_region_add_stats(const struct kvcached_region *r, kvcached_stats_t *sum) {
-  uint64_t page = r->ctx->page_size;
-  sum->reserved += r->space.size;
-  sum->mapped += (r->pages.count[KVC_ENSURED] + r->pages.count[KVC_IDLE]) * page;
-  sum->idle += r->pages.count[KVC_IDLE] * page;
+size_t kvcached_region_page_size(kvcached_region_t r) { return r ? r->unit : 0; }
+
+/* ---- pages ---- */
+
+int kvcached_ensure(kvcached_region_t r, size_t off, size_t len) {
+  int err = kvc_check_range(r, off, len);
+  if (err || len == 0) return err;
+  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1;
+  struct kvcached_ctx *ctx = r->ctx;
+  (void)pthread_mutex_lock(&ctx->mutex);
+  err = kvc_note_limit(r, kvc_ensure(r, first, end));
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  return err;
 }
 
-int kvcached_region_stats(kvcached_region_t r, kvcached_stats_t *out) {
-  if (!r || !out) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", r ? "out" : "region");
-  if (out->struct_size < sizeof(out->struct_size))
-    return kvc_fail(KVCACHED_E_INVAL, "out->struct_size is %zu", out->struct_size);
-  int err = kvc_check_process(r->ctx);
+/* The released pages of one run of a state; 1 when that changed something. */
+static int release_run(struct kvcached_region *r, size_t first, size_t n) {
+  switch (r->pages.state[first]) {
+    case KVC_ENSURED: kvc_pages_set(&r->pages, first, n, KVC_IDLE); return 1;
+    case KVC_ASLEEP: {
+      int stuck = r->pages.stuck[first];
+      kvc_pages_set(&r->pages, first, n, stuck ? KVC_IDLE : KVC_UNMAPPED);
+      if (stuck) kvc_pages_set_stuck(&r->pages, first, n);
+      return 1;
+    }
+    default: return 0;
+  }
+}
+
+int kvcached_release(kvcached_region_t r, size_t off, size_t len) {
+  int err = kvc_check_range(r, off, len);
   if (err) return err;
-  (void)pthread_mutex_lock(&r->ctx->mutex);
-  kvcached_stats_t s = {0};
-  kvc_region_add_stats(r, &s);
-  s.ensures = r->counters.ensures;
-  s.releases = r->counters.releases;
-  s.trims = r->counters.trims;
-  s.limit_failures = r->counters.limit_failures;
-  err = kvc_stats_finish(r->ctx, &s, out);
-  (void)pthread_mutex_unlock(&r->ctx->mutex);
+  struct kvcached_ctx *ctx = r->ctx;
+  size_t first = off / r->unit + (off % r->unit != 0), n, changed = 0;
+  size_t end = off + len == r->space.size ? r->pages.n : (off + len) / r->unit;
+  (void)pthread_mutex_lock(&ctx->mutex);
+  if (r->copy.reading) kvc_wait_worker(r);
+  int asleep = kvc_sleeps(r);
+  for (size_t i = first; i < end; i += n) {
+    n = kvc_pages_run_alike(&r->pages, i, end);
+    changed += (size_t)release_run(r, i, n);
+  }
+  if (changed) {
+    if (asleep) kvc_count_asleep(ctx);
+    if (!kvc_sleeps(r)) {
+      kvc_hostcopy_invalidate(r);
+      r->copy.zero = 0; /* meant for pages that slept */
+    }
+    r->counters.releases++;
+    ctx->counters.releases++;
+    kvc_publish(ctx);
+  }
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  return KVCACHED_OK;
+}
+
+int kvcached_trim(kvcached_ctx_t ctx, size_t keep_bytes, size_t *freed) {
+  if (freed) *freed = 0;
+  int err = kvc_check_ctx(ctx);
+  if (!err) err = kvc_gate_lock(&ctx->gate, ctx->options.room_wait_ms);
+  if (err) return err;
+  uint64_t got = 0;
+  (void)pthread_mutex_lock(&ctx->mutex);
+  kvc_wait_all(ctx);
+  err = kvc_quiesce(ctx);
+  if (!err) err = kvc_trim(ctx, keep_bytes, &got);
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  kvc_gate_unlock(&ctx->gate);
+  if (freed) *freed = (size_t)got;
   return err;
+}
+
+int kvcached_mapped_run(kvcached_region_t r, size_t off, size_t len, size_t *run, int *ensured) {
+  if (!run || !ensured) return kvc_fail(KVCACHED_E_INVAL, "%s is NULL", run ? "ensured" : "run");
+  *run = 0;
+  *ensured = 0;
+  int err = kvc_check_range(r, off, len);
+  if (err || len == 0) return err;
+  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, i;
+  (void)pthread_mutex_lock(&r->ctx->mutex);
+  const uint8_t *s = r->pages.state;
+  int is = s[first] == KVC_ENSURED || s[first] == KVC_ASLEEP;
+  for (i = first; i < end && (s[i] == KVC_ENSURED || s[i] == KVC_ASLEEP) == is;)
+    i += kvc_pages_run(&r->pages, i, end);
+  (void)pthread_mutex_unlock(&r->ctx->mutex);
+  *ensured = is;
+  *run = i == end ? len : i * r->unit - off;
+  return KVCACHED_OK;
+}
+
+int kvcached_prepare(kvcached_region_t r, size_t off, size_t len) {
+  int err = kvc_check_range(r, off, len);
+  if (err) return err;
+  struct kvcached_ctx *ctx = r->ctx;
+  if (ctx->options.lookahead == KVCACHED_LOOKAHEAD_OFF) return KVCACHED_OK;
+  size_t first = off / r->unit, end = len ? (off + len - 1) / r->unit + 1 : first;
+  (void)pthread_mutex_lock(&ctx->mutex);
+  first = kvc_pages_find(&r->pages, first, end, KVC_UNMAPPED);
+  r->ahead_first = first;
+  r->ahead_end = kvc_sleeps(r) ? first : end;
+  if (first < r->ahead_end) {
+    if (ctx->options.lookahead == KVCACHED_LOOKAHEAD_INLINE) {
+      kvc_prepare_inline(r);
+    } else if (kvc_worker_start(ctx)) {
+      /* Nothing is lost by it: the ensure to come does the work. */
+      kvc_log(ctx, KVCACHED_LOG_WARN, "no look-ahead: %s", kvcached_last_error());
+      r->ahead_end = first;
+    } else {
+      (void)pthread_cond_signal(&ctx->work_cond);
+    }
+  }
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  return KVCACHED_OK;
+}
+
+int kvcached_set_reload(kvcached_region_t r, kvcached_reload_fn reload, void *user) {
+  int err = kvc_check_range(r, 0, 0);
+  if (err) return err;
+  if (r->kind != KVCACHED_WEIGHTS)
+    return kvc_fail(KVCACHED_E_INVAL, "a region of kind %d: only one of KVCACHED_WEIGHTS can be reloaded",
+                    r->kind);
+  (void)pthread_mutex_lock(&r->ctx->mutex);
+  r->reload = reload;
+  r->reload_user = user;
+  (void)pthread_mutex_unlock(&r->ctx->mutex);
+  return KVCACHED_OK;
 }
