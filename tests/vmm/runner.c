@@ -113,6 +113,7 @@ static int run_one(int i, char *result, size_t size) {
   support_begin();
   int64_t start = clock_ms();
   tests[i]->run();
+  support_end();
   fflush(stdout);
   int64_t ms = clock_ms() - start;
   if (skipped)

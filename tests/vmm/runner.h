@@ -7,8 +7,9 @@
 /* The backend of the test that runs: "host", "host-2m" or "cuda". */
 const char *test_backend_name(void);
 
-/* Called before each test. */
+/* Called before and after each test; a test must leave nothing open. */
 void support_begin(void);
+void support_end(void);
 
 /* Called before a failing process ends: removes its scratch files. */
 void support_clean_up(void);

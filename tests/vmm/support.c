@@ -1,6 +1,7 @@
 #include "support.h"
 
 #include "context.h"
+#include "fault.h"
 #include "runner.h"
 
 #include <dirent.h>
@@ -22,6 +23,15 @@ static uint64_t used_before;
 static int contexts_opened, has_company;
 
 void support_begin(void) { contexts_opened = has_company = 0; }
+
+void support_end(void) {
+  fault_held h = fault_now();
+  CHECK_EQ(h.devices, 0); /* a context left open */
+  CHECK_EQ(h.spaces, 0);
+  CHECK_EQ(h.mapped, 0);
+  CHECK_EQ(h.host_bytes, 0);
+  if (!on_host()) CHECK_EQ(h.handles, 0); /* on the host a handle is a token that ends with its mapping */
+}
 
 size_t test_page(void) {
   static size_t of_device;
@@ -54,7 +64,7 @@ void test_options(kvcached_options_t *o) {
 kvcached_ctx_t open_with(const kvcached_options_t *o) {
   kvcached_ctx_t ctx;
   CHECK_OK(kvcached_open(o, &ctx));
-  if (!on_host() && contexts_opened++ == 0) {
+  if (contexts_opened++ == 0 && !on_host()) {
     uint64_t free_bytes, total;
     CHECK_OK(kvcached_device_memory(ctx, &free_bytes, &total));
     used_before = total - free_bytes;
@@ -307,8 +317,8 @@ void check_context(kvcached_ctx_t ctx) {
   CHECK_EQ(s.host_bytes, host);
   CHECK_EQ(s.host_pinned, pinned);
   CHECK_EQ(s.kind_mapped[0] + s.kind_mapped[1] + s.kind_mapped[2], mapped);
-  CHECK_EQ(s.pooled, ctx->pool.n * s.page_size);
-  CHECK_LE(s.pooled, ctx->options.pool_limit);
+  CHECK_EQ(s.pooled, kvc_pool_bytes(ctx));
+  CHECK_LE(ctx->pool.n * s.page_size, ctx->options.pool_limit);
   CHECK_EQ(ctx->claim, s.mapped + s.pooled);
   CHECK_EQ(ctx->host_claim, s.host_bytes);
   if (ctx->ledger) {
@@ -320,6 +330,13 @@ void check_context(kvcached_ctx_t ctx) {
     CHECK_EQ(slot.asleep, s.asleep);
     CHECK_EQ(slot.reserved, s.reserved);
     for (int k = 0; k < 3; k++) CHECK_EQ(slot.kind_bytes[k], s.kind_mapped[k]);
+  }
+  if (contexts_opened == 1) { /* the account of the backend's calls is this context's */
+    fault_held h = fault_now();
+    CHECK_EQ(h.mapped, s.mapped);
+    CHECK_EQ(h.reserved, s.reserved);
+    CHECK_EQ(h.host_bytes, s.host_bytes);
+    if (!on_host()) CHECK_EQ(h.handle_bytes, s.mapped + s.pooled);
   }
   if (on_host()) {
     CHECK_EQ(memory_held(ctx), s.mapped);
