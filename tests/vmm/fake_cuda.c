@@ -138,6 +138,7 @@ __attribute__((destructor)) static void check_leaks(void) {
           "memory, %zu streams, %d retained contexts%s\n",
           (int)getpid(), held.handles, held.reservations, held.mappings, held.pinned, held.streams, retained,
           lost ? "; work met memory that had gone" : "");
+  (void)fflush(NULL);
   _exit(99);
 }
 
