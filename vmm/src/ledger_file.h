@@ -28,7 +28,7 @@ typedef struct kvc_ledger_ask {
 enum { KVC_ASK_NONE = 0, KVC_ASK_ANNOUNCED = 1, KVC_ASK_COMMITTING = 2 };
 
 /* How many answers to commands are kept: an asker finds its own although others were answered since. */
-#define KVC_LEDGER_ANSWERS 4
+#define KVC_LEDGER_ANSWERS 16
 
 /* One process's place. Written by whoever holds one of its locks, read by all. What other processes write
    too, by compare-and-swap alone: an announcement (ANNOUNCED -> NONE), `limit`, `mail`. Everything is atomic,
@@ -52,7 +52,7 @@ typedef struct kvc_ledger_slot {
   _Atomic uint32_t doorbell, answered; /* futexes: of the answering side, of the asking side */
   _Atomic uint64_t group[(KVCACHED_GROUP_MAX + 1) / 8]; /* text, zero-filled */
   _Atomic uint64_t name[(KVCACHED_NAME_MAX + 1) / 8];
-  uint64_t spare[22];
+  uint64_t spare[10];
 } kvc_ledger_slot;
 _Static_assert(sizeof(kvc_ledger_slot) == 512, "the slot's size is part of the file format");
 

@@ -157,7 +157,7 @@ static int set_limit(struct kvcached_ledger *l, const char *group, int except, u
   uint64_t all = bytes / UNIT;
   uint32_t units = all < NO_LIMIT ? (uint32_t)all : bytes < (UINT64_C(1) << 44) ? NO_LIMIT - 1 : NO_LIMIT;
   const int64_t deadline = kvc_now_ns() + SET_WAIT_NS;
-  int result, again, err;
+  int result = KVCACHED_LIMIT_CONFLICT, again, err;
   do {
     again = 0;
     err = group ? set_group(l, group, units, revision, &result, &again)
