@@ -25,11 +25,12 @@ int main(int argc, char **argv) {
   options.slot = atoi(variable("KVCACHED_SLOT"));
   options.group = variable("KVCACHED_GROUP");
   options.limit = strtoull(variable("KVCACHED_LIMIT"), NULL, 10);
+  options.flags = KVCACHED_NO_CONTROL; /* as the glue, which does not use the gate yet */
 
   kvcached_ctx_t context;
   kvcached_region_t region;
   size_t size = strtoull(argv[1], NULL, 10);
-  if (kvcached_open(&options, &context) || kvcached_reserve(context, (size_t)1 << 30, &region) ||
+  if (kvcached_open(&options, &context) || kvcached_reserve(context, KVCACHED_KV, (size_t)1 << 30, &region) ||
       kvcached_ensure(region, 0, size)) {
     fprintf(stderr, "child: %s\n", kvcached_last_error());
     return 1;
