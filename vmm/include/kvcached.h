@@ -1,39 +1,44 @@
 /*
- * libkvcached: memory that is reserved in full and occupied only where it is in use.
+ * libkvcached: device memory that is reserved in full and occupied only where it is in use.
  *
- * A context (kvcached_ctx_t) owns pages of one kind of memory (a backend) under one limit. A region is a
- * range of addresses reserved from it: its base never changes, and each of its pages is in one of three
- * states.
+ * A context (kvcached_ctx_t) owns the pages of one device under the limits of its group and of the card. A
+ * region is a range of addresses reserved from it: its base never changes, and each of its pages is in one of
+ * these states:
  *
- *              ensure                      release
- *   unmapped ---------> ensured (in use) ---------> idle (content dropped, memory kept for reuse)
- *      ^                    ^                       |   |
- *      |                    +------- ensure --------+   |
- *      +---------------------- trim, or pressure -------+
+ *               ensure                        release
+ *   unmapped ------------> ensured (in use) ------------> idle (content dropped, memory kept for reuse)
+ *    ^  ^  |                ^  ^  |    ^                   |  |
+ *    |  |  | prepare        |  |  |    +------ ensure -----+  |
+ *    |  |  v                |  |  | sleep                     |
+ *    |  | ready ---ensure---+  |  v                           |
+ *    |  |  |                   | asleep (no memory; content in host memory, reloadable or dropped)
+ *    |  +--+-- trim, pressure  +--- wake: enter, ensure, read, write ...
+ *    +------------------------------- trim, pressure ---------+
  *
- * Ensured and idle pages are physically there and count as `mapped`; an unmapped page costs nothing, and
- * touching it is a fault (host: SIGSEGV). The bytes the library reports as mapped are what the system reports
- * for the range (host: Rss in /proc/self/smaps, as long as nothing is swapped out).
+ * Ensured, ready and idle pages have memory and count as `mapped`; an unmapped or sleeping page has none, and
+ * touching it is a fault (host: SIGSEGV; a kernel on a GPU: the context is lost, so enter the gate first).
  *
  * The ledger is one small shared file a user and device. Every process using the library has a slot in it and
- * claims there what it maps, before mapping it; so processes of one group keep one common limit with no
- * server between them.
+ * claims there what it takes, before taking it; so processes keep common limits with no server between them.
  *
  * Conventions
- * - Units: sizes, offsets and limits are bytes.
+ * - Units: sizes, offsets and limits are bytes, times are milliseconds unless the name says _ns.
  * - Errors: functions returning int return KVCACHED_OK (0) or a negative kvcached_error. What went wrong in
  *   detail (numbers, names, errno) is in kvcached_last_error(). A call that fails leaves states, counts,
  *   claims and memory as they were, save that idle pages may have been given back to make room.
- * - Threads: any function may be called from any thread; calls on one context are serialised. Reading and
- *   writing the memory is the caller's to order against release and unreserve, which drop content. No handle
- *   may be used while or after it is being closed (shutdown, unreserve, ledger_close).
- * - The host process: the library never exits, aborts, prints, starts threads or changes signal handling. Its
- *   descriptors are close-on-exec.
+ * - Threads: any function may be called from any thread unless it says otherwise. Calls on one context are
+ *   serialised, but the library's own helper thread works beside them. No handle may be used while or after
+ *   it is being closed (shutdown, unreserve, ledger_close).
+ * - Order: reading and writing the memory is the caller's to order against release and unreserve, which drop
+ *   content. Work on a GPU that touches pages must have finished before they are released.
+ * - Waiting: nothing waits without a bound. A wait for another process ends after room_wait_ms at the latest
+ *   (about one second by default), whether that process answers, hangs or is stopped.
+ * - The host process: the library never exits, aborts, prints or changes signal handling; its threads block
+ *   all signals, its descriptors are close-on-exec, the caller's current CUDA context is what it was.
  * - Fork: a child made by fork without exec has no part in its parent's handles. Functions returning int
- *   return KVCACHED_E_FORKED, void ones do nothing, and the regions are not in its address space (otherwise
- *   pages would outlive the process that claims them). The child drops its copies of the ledger's descriptors
- *   inside fork(); one made by a bare clone system call keeps its parent's slots alive until it execs or
- *   exits, unless the parent closes its handles first.
+ *   return KVCACHED_E_FORKED, void ones do nothing, and host regions are not in its address space. The child
+ *   drops its copies of the ledger's descriptors inside fork(); one made by a bare clone system call keeps
+ *   its parent's slots alive until it execs or exits, unless the parent closes its handles first.
  * - Growth: structures that callers allocate begin with struct_size = sizeof(the structure); older and newer
  *   callers are told apart by it.
  */
@@ -47,8 +52,8 @@
 extern "C" {
 #endif
 
-#define KVCACHED_ABI_VERSION 1
-#define KVCACHED_VERSION "0.1.0"
+#define KVCACHED_ABI_VERSION 2
+#define KVCACHED_VERSION "0.2.0"
 
 #if defined(_WIN32)
 #error "libkvcached needs Linux"
@@ -57,17 +62,22 @@ extern "C" {
 #endif
 
 /* Every error there is: XX(name, value, sentence). */
-#define KVCACHED_ERROR_MAP(XX)                                                            \
-  XX(OK, 0, "success")                                                                    \
-  XX(E_INVAL, -1, "an argument is not valid")                                             \
-  XX(E_NOMEM, -2, "the system has no memory, address space or mappings left for this")    \
-  XX(E_LIMIT, -3, "the memory limit of the group leaves no room for this")                \
-  XX(E_UNSUPPORTED, -4, "the device, the kernel or this build does not support this")     \
-  XX(E_SYSTEM, -5, "a system call failed")                                                \
-  XX(E_LEDGER, -6, "the ledger file cannot be used")                                      \
-  XX(E_FULL, -7, "the ledger has no free slot")                                           \
-  XX(E_SLOT, -8, "the ledger slot is not leased, belongs to another group, or is in use") \
-  XX(E_FORKED, -9, "the handle belongs to the process this one was forked from")
+#define KVCACHED_ERROR_MAP(XX)                                                                  \
+  XX(OK, 0, "success")                                                                          \
+  XX(E_INVAL, -1, "an argument is not valid")                                                   \
+  XX(E_NOMEM, -2, "the system or the device has no memory, address space or mappings for this") \
+  XX(E_LIMIT, -3, "the memory limit of the group or of the card leaves no room for this")       \
+  XX(E_UNSUPPORTED, -4, "the device, the kernel or this build does not support this")           \
+  XX(E_SYSTEM, -5, "a system call failed")                                                      \
+  XX(E_LEDGER, -6, "the ledger file cannot be used")                                            \
+  XX(E_FULL, -7, "the ledger has no free slot")                                                 \
+  XX(E_SLOT, -8, "the ledger slot is not live, not leased, of another group, or in use")        \
+  XX(E_FORKED, -9, "the handle belongs to the process this one was forked from")                \
+  XX(E_BUSY, -10, "the memory is in use: the gate could not be had in time")                    \
+  XX(E_TIMEOUT, -11, "another process did not answer in time")                                  \
+  XX(E_DEVICE, -12, "the device's driver reported a failure")                                   \
+  XX(E_HOST_LIMIT, -13, "the budget of host memory for sleeping content leaves no room")        \
+  XX(E_RELOAD, -14, "the reload function could not restore a region's content")
 
 enum kvcached_error {
 #define KVCACHED_XX(name, value, text) KVCACHED_##name = value,
@@ -90,13 +100,44 @@ KVCACHED_API const char *kvcached_strerror(int err);
 KVCACHED_API const char *kvcached_err_name(int err);
 
 /* What the last failing call on this thread ran into; "" before the first. Valid until the thread's next
- * failing call. */
+   failing call. */
 KVCACHED_API const char *kvcached_last_error(void);
+
+/* ---- the six functions of the simplest use ---- */
+
+#define KVCACHED_DEVICE_HOST (-1)
+
+/* Opens a context with default options: device_id is a CUDA ordinal (as cuDeviceGet counts), or
+   KVCACHED_DEVICE_HOST for ordinary memory. NULL on failure, with kvcached_last_error() saying why; a device
+   without virtual memory management fails. kvcached_open says more. */
+KVCACHED_API kvcached_ctx_t kvcached_init(int device_id);
+
+/* Ends the library's threads, frees all regions and allocations of the context, gives its slot back and ends
+   it. Waits for the device to be idle. NULL is allowed. */
+KVCACHED_API void kvcached_shutdown(kvcached_ctx_t ctx);
+
+/* `size` bytes (> 0, rounded up to whole pages) of device memory, mapped in full and zero; NULL when there is
+   none, with kvcached_last_error() saying why. Content survives sleep. For a context on the host the pointer
+   can be used by the CPU, else by the device. */
+KVCACHED_API void *kvcached_alloc(kvcached_ctx_t ctx, size_t size);
+
+/* Frees what kvcached_alloc returned. NULL is allowed; any other pointer is refused with a log line. */
+KVCACHED_API void kvcached_free(kvcached_ctx_t ctx, void *ptr);
+
+/* Bytes that could be had now without asking others to give any back: the least of what the group's limit,
+   the card's limit, and the device's free memory less the headroom leave. 0 on failure. */
+KVCACHED_API size_t kvcached_available(kvcached_ctx_t ctx);
+
+/* Sets the limit of the context's group, at the next revision, as kvcached_ledger_set_limit does; SIZE_MAX
+   removes it. The context's own idle and pooled memory above it is given back at once (0: all of it). What is
+   in use stays in use. A context without a ledger keeps the limit for itself. */
+KVCACHED_API void kvcached_set_limit(kvcached_ctx_t ctx, size_t limit);
 
 /* ---- contexts ---- */
 
 enum kvcached_backend {
-  KVCACHED_BACKEND_HOST = 0 /* ordinary memory of this machine */
+  KVCACHED_BACKEND_HOST = 0, /* ordinary memory of this machine */
+  KVCACHED_BACKEND_CUDA = 1  /* an NVIDIA GPU, through libcuda.so.1, which is loaded at run time */
 };
 
 enum kvcached_log_level {
@@ -106,132 +147,312 @@ enum kvcached_log_level {
   KVCACHED_LOG_DEBUG = 3
 };
 
+enum kvcached_lookahead {
+  KVCACHED_LOOKAHEAD_AUTO = 0,   /* THREAD where mappings may change under running kernels, else INLINE */
+  KVCACHED_LOOKAHEAD_THREAD = 1, /* prepare() hands over to a helper thread */
+  KVCACHED_LOOKAHEAD_INLINE = 2, /* prepare() works on the calling thread, a few pages a call */
+  KVCACHED_LOOKAHEAD_OFF = 3     /* prepare() does nothing */
+};
+
+enum kvcached_flags {
+  KVCACHED_NO_CONTROL = 1 /* no control thread: commands to this context's slot are not answered */
+};
+
 #define KVCACHED_NAME_MAX 63  /* bytes of a slot's name, without the end */
 #define KVCACHED_GROUP_MAX 31 /* bytes of a group id, without the end */
 
 typedef struct kvcached_options {
   size_t struct_size;
-  int backend; /* KVCACHED_BACKEND_HOST */
-  /* Bytes of a page; 0 = the backend's default. Host: the system's page (4096; the default) or 2 MiB. */
+  int backend; /* kvcached_backend */
+  /* Bytes of a KV page; 0 = the backend's default. Host: the system's page (4096; the default) or 2 MiB.
+     CUDA: a multiple of the device's granularity (2 MiB; the default). */
   size_t page_size;
-  /* What the group may be charged in all; UINT64_MAX = no limit. */
+  /* What the group may be charged in all, unless a limit was set for the group in the ledger, which then
+     holds instead; UINT64_MAX = no limit. */
   uint64_t limit;
   /* Shown in the ledger (a model's file name); cut after KVCACHED_NAME_MAX bytes. NULL = "". A name that the
      lessor gave a slot stays. */
   const char *name;
   /* Group id, 1 to KVCACHED_GROUP_MAX bytes. NULL = the leased slot's, else "pid-<pid>". */
   const char *group;
-  /* NULL = /dev/shm/kvcached-<uid>-host; "" = no ledger: the limit is this context's alone. */
+  /* NULL = the device's default (kvcached_ledger_default_path); "" = no ledger: the limit is this context's
+     alone. */
   const char *ledger_path;
   /* The slot a parent leased for this process, or -1 = take a free one. */
   int slot;
-  /* Bytes held outside the library and charged to the slot; ignored when slot >= 0: the lease says it. */
+  /* Bytes held outside the library (a CUDA context) and charged to the slot; ignored when slot >= 0: the
+     lease says it. */
   uint64_t fixed;
-  /* Level: kvcached_log_level. Called inside calls on the context, its lock held: it must not call the
-     library. May be NULL. */
+  /* Level: kvcached_log_level. Called inside calls on the context, its lock held, and from the library's
+     threads: it must not call the library. May be NULL. */
   void (*log)(int level, const char *msg, void *user);
   void *log_user;
+  /* -- since ABI 2 -- */
+  int device;             /* CUDA ordinal, where pci_bus_id is NULL */
+  const char *pci_bus_id; /* "0000:1b:00.0"; NULL = by ordinal */
+  size_t large_page; /* bytes of a WEIGHTS or SCRATCH page (32 to 256 MiB on a GPU); 0 = 64 MiB, host 2 MiB */
+  uint64_t pool_limit; /* bytes of unmapped KV pages kept for reuse (CUDA); default 64 MiB */
+  int lookahead;       /* kvcached_lookahead */
+  uint64_t host_limit; /* host memory for sleeping content, all contexts of the group together; UINT64_MAX =
+                          none */
+  uint64_t headroom;   /* bytes of free device memory that kvcached_available leaves for others; default 0 */
+  uint32_t room_wait_ms; /* bound of a wait for room at other processes; default 1000 */
+  uint32_t flags;        /* kvcached_flags */
 } kvcached_options_t;
 
-/* Defaults: host, default page size, no limit, no name, own group, default ledger, no slot. */
+/* Defaults: host, default page sizes, no limits, no name, own group, default ledger, no slot. */
 KVCACHED_API void kvcached_options_init(kvcached_options_t *options);
 
 /* Opens a context and takes its slot. On failure *out is NULL.
-   E_INVAL a field, named in the detail; E_UNSUPPORTED backend; E_LIMIT `fixed` alone does not fit; E_SLOT,
-   E_FULL, E_LEDGER the ledger; E_NOMEM, E_SYSTEM. */
+   E_INVAL a field, named in the detail; E_UNSUPPORTED no driver, no such device, no virtual memory
+   management; E_LIMIT `fixed` alone does not fit; E_SLOT, E_FULL, E_LEDGER the ledger; E_NOMEM, E_SYSTEM,
+   E_DEVICE. */
 KVCACHED_API int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out);
 
-/* Frees all regions of the context, gives its slot back and ends it. NULL is allowed. */
-KVCACHED_API void kvcached_shutdown(kvcached_ctx_t ctx);
-
-/* Bytes of a page of this context; 0 for NULL. */
+/* Bytes of a KV page of this context; 0 for NULL. */
 KVCACHED_API size_t kvcached_page_size(kvcached_ctx_t ctx);
+
+/* ---- the gate ---- */
+
+/*
+ * kvcached_enter and kvcached_leave bracket everything that may touch the memory, on the CPU or by work
+ * launched on the device: sleep, trim and the drain of a lowered limit happen only while nobody is inside,
+ * and then only after the device is idle. So what a thread does between enter and leave, and the device work
+ * launched there, never meets a page that goes away; addresses stay, and captured CUDA graphs stay valid.
+ */
+
+/* Enters, shared with other threads, and wakes whatever sleeps. Waits for a sleep or trim under way. A thread
+   may enter again inside. On failure the thread is not inside, and the region that could not be woken still
+   sleeps. E_LIMIT, E_NOMEM no room to wake; E_RELOAD; E_DEVICE; E_FORKED. */
+KVCACHED_API int kvcached_enter(kvcached_ctx_t ctx);
+
+/* Leaves, on the thread that entered. E_INVAL: it is not inside. */
+KVCACHED_API int kvcached_leave(kvcached_ctx_t ctx);
+
+/* Says how many requests wait for this context: while there are any it is nobody's victim. */
+KVCACHED_API int kvcached_set_queued(kvcached_ctx_t ctx, uint32_t requests);
 
 /* ---- regions ---- */
 
-/* Reserves size bytes (> 0, rounded up to whole pages) of address space, aligned to the page size: nothing
-   mapped. E_INVAL, E_NOMEM, E_FORKED. On failure *out is NULL. */
-KVCACHED_API int kvcached_reserve(kvcached_ctx_t ctx, size_t size, kvcached_region_t *out);
+enum kvcached_kind {
+  KVCACHED_KV = 0,      /* small pages; sleep keeps the content in host memory */
+  KVCACHED_WEIGHTS = 1, /* large pages; written once, then immutable: one host copy, made once and kept */
+  KVCACHED_SCRATCH = 2  /* large pages; sleep drops the content, which reads as zero after */
+};
+#define KVCACHED_KIND_BIT(kind) (1u << (kind))
+#define KVCACHED_ALL_KINDS 7u
 
-/* Gives back the region's pages, their claim and the address range. NULL is allowed. */
+/* Restores the content of a WEIGHTS region whose pages are mapped and zero again, on a thread that wakes it;
+   it may use the region's addresses and kvcached_write, no other function on the context. Returns 0, or
+   anything else where it failed: the region then stays asleep. */
+typedef int (*kvcached_reload_fn)(kvcached_region_t region, void *user);
+
+/* Reserves size bytes (> 0, rounded up to KV pages) of address space, aligned to the page size: nothing
+   mapped. E_INVAL, E_NOMEM, E_FORKED. On failure *out is NULL. */
+KVCACHED_API int kvcached_reserve(kvcached_ctx_t ctx, int kind, size_t size, kvcached_region_t *out);
+
+/* Gives back the region's pages, host copy and claims, and the address range, once the device is idle. KV
+   pages go to the pool as far as its bound allows. NULL is allowed. */
 KVCACHED_API void kvcached_unreserve(kvcached_region_t region);
 
-/* First address, and size in bytes after rounding, constant for the region's life. NULL, 0 for NULL. */
+/* First address, size in bytes after rounding, and bytes of a page (the last page of a region may be
+   shorter); constant for the region's life. NULL, 0, 0 for NULL. */
 KVCACHED_API void *kvcached_region_base(kvcached_region_t region);
 KVCACHED_API size_t kvcached_region_size(kvcached_region_t region);
+KVCACHED_API size_t kvcached_region_page_size(kvcached_region_t region);
 
 /* Makes every page touching [off, off+len) usable, or none: pages that were not ensured read as zero
-   (recycled ones too), ensured ones keep their content. Idle pages of the context, in any region, are given
-   up before the limit is reported. E_INVAL range; E_LIMIT; E_NOMEM; E_SYSTEM; E_FORKED. len 0 does nothing.
- */
+   (recycled ones too), ensured ones keep their content. A sleeping region is woken first. Room is made in
+   this order: ready, idle and pooled memory of the context; then, where the card is short rather than the
+   group, idle processes of other groups are asked to trim and to sleep, least recently used first, within
+   room_wait_ms. When nothing is missing no driver call is made. E_INVAL range; E_LIMIT; E_NOMEM; E_SYSTEM;
+   E_DEVICE; E_FORKED; those of wake. len 0 does nothing. */
 KVCACHED_API int kvcached_ensure(kvcached_region_t region, size_t off, size_t len);
 
+/* Asks that the unmapped pages touching [off, off+len) be mapped and zeroed ahead of an ensure, which then
+   makes no driver call for them: in the background (LOOKAHEAD_THREAD), or at most eight pages on this call
+   (INLINE). Takes room only where it is free. Pages made ready count as mapped and as idle, and are given up
+   like idle ones. A request replaces the region's previous one. E_INVAL range; E_FORKED. */
+KVCACHED_API int kvcached_prepare(kvcached_region_t region, size_t off, size_t len);
+
 /* Declares the content of all pages lying wholly inside [off, off+len) dropped. Ensured ones become idle:
-   still mapped, counted and claimed, ready for reuse, until trim or pressure takes them. Touching an idle
-   page is the caller's error though it need not fault. E_INVAL range; E_FORKED. */
+   still mapped, counted and claimed, ready for reuse, until trim or pressure takes them; sleeping ones become
+   unmapped. Touching an idle page is the caller's error though it need not fault. E_INVAL range; E_FORKED. */
 KVCACHED_API int kvcached_release(kvcached_region_t region, size_t off, size_t len);
 
-/* Gives idle pages back to the system until at most keep_bytes of them remain in the context, highest
-   addresses of the newest region first. *freed (may be NULL): bytes given back, also on failure. E_NOMEM (the
-   system could not split a mapping: the rest stays idle); E_SYSTEM; E_FORKED. */
+/* Gives pooled, ready and idle memory back to the device, in this order, until at most keep_bytes of it
+   remain in the context; the highest addresses of the newest region first. Needs the gate: waits up to
+   room_wait_ms for others to leave it. *freed (may be NULL): bytes given back, also on failure. E_BUSY (also
+   when the calling thread is inside the gate); E_NOMEM (the system could not split a mapping: the rest stays
+   idle); E_SYSTEM; E_DEVICE; E_FORKED. */
 KVCACHED_API int kvcached_trim(kvcached_ctx_t ctx, size_t keep_bytes, size_t *freed);
 
 /* The longest prefix of [off, off+len) that is ensured throughout or nowhere: its length in bytes (clipped to
-   the range) and which (*ensured 1 or 0; idle is 0). len 0: *run 0. E_INVAL range; E_FORKED. */
+   the range) and which (*ensured 1 or 0; idle and ready are 0, asleep is 1). Wakes nothing. len 0: *run 0.
+   E_INVAL range; E_FORKED. */
 KVCACHED_API int kvcached_mapped_run(kvcached_region_t region, size_t off, size_t len, size_t *run,
                                      int *ensured);
+
+/* Copies between a region and host memory, and clears, by the library's own queue: returns when done. The
+   caller orders them against device work of its own. All wake a sleeping region first, save a clear of a
+   whole region, which drops its host copy instead. read: pages that are not ensured read as zero. write:
+   pages are ensured first. Writing to a WEIGHTS region drops its host copy. clear: ensured pages touched by
+   the range read as zero in it. E_INVAL range or NULL; E_DEVICE; E_FORKED; those of ensure and wake. */
+KVCACHED_API int kvcached_read(kvcached_region_t region, size_t off, void *dst, size_t len);
+KVCACHED_API int kvcached_write(kvcached_region_t region, size_t off, const void *src, size_t len);
+KVCACHED_API int kvcached_clear(kvcached_region_t region, size_t off, size_t len);
+
+/* ---- sleep ---- */
+
+/* With a reload function a region needs no host copy where host_limit leaves no room for one. NULL takes it
+   back. E_INVAL: the region's kind is not WEIGHTS; E_FORKED. */
+KVCACHED_API int kvcached_set_reload(kvcached_region_t region, kvcached_reload_fn reload, void *user);
+
+/* Asks for what a later sleep will need, in the background: host memory for the copies of these kinds (bits
+   KVCACHED_KIND_BIT), pinned where possible, and the copies of WEIGHTS themselves, whose content must be
+   complete by now. Without it the first sleep does this. E_INVAL kinds; E_FORKED. */
+KVCACHED_API int kvcached_prepare_sleep(kvcached_ctx_t ctx, unsigned kinds);
+
+/* Puts the regions of these kinds to sleep, all or none: their device memory goes back to the device, and the
+   pool too. Waits up to wait_ms for the gate (E_BUSY; also when the calling thread is inside), then for the
+   device to be idle. *freed (may be NULL): bytes given back. Sleeping already: success. E_HOST_LIMIT a region
+   that has no reload function does not fit the budget; E_NOMEM no host memory; E_INVAL; E_DEVICE; E_FORKED.
+ */
+KVCACHED_API int kvcached_sleep(kvcached_ctx_t ctx, unsigned kinds, uint32_t wait_ms, size_t *freed);
+
+/* Wakes the regions of these kinds, without entering the gate. Errors as kvcached_enter. */
+KVCACHED_API int kvcached_wake(kvcached_ctx_t ctx, unsigned kinds);
+
+/* Gives back host memory that holds no content needed any more (buffers of KV regions that are awake), and
+   with weights != 0 also the copies of WEIGHTS regions that are awake. *freed may be NULL. E_FORKED. */
+KVCACHED_API int kvcached_trim_host(kvcached_ctx_t ctx, int weights, size_t *freed);
+
+/* ---- figures ---- */
 
 typedef struct kvcached_stats {
   size_t struct_size;
   uint64_t reserved;                 /* bytes of address space */
-  uint64_t mapped;                   /* bytes physically there: ensured + idle */
-  uint64_t idle;                     /* bytes of that which are idle */
-  uint64_t page_size;                /* bytes */
-  uint64_t limit;                    /* of the group; UINT64_MAX = none */
+  uint64_t mapped;                   /* bytes of pages that have memory: ensured + ready + idle */
+  uint64_t idle;                     /* bytes of that which are idle or ready */
+  uint64_t page_size;                /* bytes; a region's own in its figures */
+  uint64_t limit;                    /* in force for the group; UINT64_MAX = none */
   uint64_t group_charge;             /* charges of the group's live slots, this context's own included */
   uint64_t ensures, releases, trims; /* successful calls that changed a page's state */
   uint64_t limit_failures;           /* calls that returned E_LIMIT */
+  /* -- since ABI 2 -- */
+  uint64_t kind_mapped[3]; /* `mapped` by kvcached_kind */
+  uint64_t ready;          /* the part of `idle` that prepare made */
+  uint64_t pooled;         /* bytes of unmapped pages kept; beside `mapped`, claimed too */
+  uint64_t asleep;         /* bytes of sleeping pages */
+  uint64_t host_bytes;     /* host memory held for sleeping content, kept copies and buffers included */
+  uint64_t host_pinned;    /* the pinned part of it */
+  uint64_t host_limit;     /* UINT64_MAX = none */
+  uint64_t card_limit;     /* of all groups of this user on the device; UINT64_MAX = none */
+  uint64_t card_charge;    /* charges of all live slots */
+  uint64_t sleeps, wakes;  /* that changed something */
+  uint64_t last_sleep_ns, last_wake_ns; /* how long the last took */
+  uint64_t device_calls; /* calls of the backend that changed mappings, copied, zeroed or waited */
 } kvcached_stats_t;
 
-/* Totals of a context, or the figures of one region (page_size, limit and group_charge are the context's
-   there, trims those that took pages of it). out->struct_size must be set. E_INVAL; E_FORKED. */
+/* Totals of a context, or the figures of one region (limits, charges, pool, host_limit and page_size apart
+   from it are the context's there, trims those that took pages of it). out->struct_size must be set. Wakes
+   nothing, makes no driver call. E_INVAL; E_FORKED. */
 KVCACHED_API int kvcached_stats(kvcached_ctx_t ctx, kvcached_stats_t *out);
 KVCACHED_API int kvcached_region_stats(kvcached_region_t region, kvcached_stats_t *out);
+
+/* Free and total bytes of the device as its driver reports them, for all processes (host: MemAvailable and
+   MemTotal). E_DEVICE, E_SYSTEM, E_FORKED. */
+KVCACHED_API int kvcached_device_memory(kvcached_ctx_t ctx, uint64_t *free_bytes, uint64_t *total_bytes);
 
 /* ---- the ledger ---- */
 
 /*
  * A slot has two holds, record locks that the kernel drops with their holder however it ends: the lessor's (a
  * parent that set memory aside for a child to come) and the user's (the process that maps). It lives while
- * either is held.
+ * either is held; pid numbers are only shown, so processes of several containers may share a ledger.
  *
  *   charge of a slot = max(lease, fixed + claim); the claim of a dead user counts no more
  *
- * A claim is announced in the claimer's own slot, then the live slots of the group are summed: it stays if
- * the sum is within the limit, else it is withdrawn. Where only the announced claims of others are in the
- * way, the older claim goes first; the wait for it is bounded (about one second, then E_LIMIT).
+ * A claim is announced in the claimer's own slot, then the live slots are summed: it stays if the sums are
+ * within the group's limit and the card's, else it is withdrawn. Where only the announced claims of others
+ * are in the way, the older claim goes first; the wait for it is bounded (about one second, then E_LIMIT).
+ *
+ * The file is in /dev/shm. Containers see each other's slots only where they share that folder (for instance
+ * with docker run --ipc=host, or -v /dev/shm:/dev/shm); a context on a GPU that finds much memory in use
+ * which no slot accounts for says so in its log.
  */
 
-/* Opens the ledger to look or to lease; takes no slot and no backend. path: NULL = the default. E_LEDGER: not
-   a plain file of this user with mode 0600, another size or version, torn, no space; the detail says which.
-   E_NOMEM, E_INVAL. Deleting the file while processes use it splits them from later ones: the limit then
-   holds for each half alone. */
+/* Writes the default path of a device's ledger for this user: /dev/shm/kvcached-<uid>-<device>. device: NULL
+   or "host", or the UUID of a GPU or MIG instance as nvidia-smi prints it ("GPU-..." or "MIG-...") or without
+   that prefix, in any case. E_INVAL: no such name, or size too small (KVCACHED_PATH_MAX suffices). */
+#define KVCACHED_PATH_MAX 128
+KVCACHED_API int kvcached_ledger_default_path(const char *device, char *out, size_t size);
+
+/* Opens the ledger to look, lease or command; takes no slot, no driver and no thread. path: NULL = that of
+   the host. E_LEDGER: not a plain file of this user with mode 0600, another size or version, torn, no space;
+   the detail says which. E_NOMEM, E_INVAL. Deleting the file while processes use it splits them from later
+   ones: limits then hold for each half alone. */
 KVCACHED_API int kvcached_ledger_open(const char *path, kvcached_ledger_t *out);
 
 /* Drops all leases taken through this handle. NULL is allowed. */
 KVCACHED_API void kvcached_ledger_close(kvcached_ledger_t ledger);
 
+/* The file's path; valid until the handle is closed. NULL for NULL. */
+KVCACHED_API const char *kvcached_ledger_path(kvcached_ledger_t ledger);
+
 /* Sets aside max(size, fixed) bytes for a child that will open a context with *slot. group: 1 to
    KVCACHED_GROUP_MAX bytes; fixed: the part of them that the child holds outside the library; limit: what the
-   group may be charged in all. E_LIMIT: does not fit, the numbers are in the detail; E_FULL; E_LEDGER: the
-   file was deleted or replaced meanwhile, the child would open another; E_INVAL; E_SYSTEM; E_FORKED. On failure
-   *slot is -1. */
+   group may be charged in all unless its limit was set in the ledger. E_LIMIT: does not fit, the numbers are
+   in the detail; E_FULL; E_LEDGER: the file was deleted or replaced meanwhile, the child would open another;
+   E_INVAL; E_SYSTEM; E_FORKED. On failure *slot is -1. */
 KVCACHED_API int kvcached_ledger_lease(kvcached_ledger_t ledger, const char *group, const char *name,
                                        uint64_t size, uint64_t fixed, uint64_t limit, int *slot);
 
 /* Drops the lessor's hold: the slot ends at once or, if a process uses it, with that process (it keeps its
    lease until then). E_SLOT: this handle holds no such lease; E_FORKED. */
 KVCACHED_API int kvcached_ledger_unlease(kvcached_ledger_t ledger, int slot);
+
+enum kvcached_limit_result {
+  KVCACHED_LIMIT_APPLIED = 0,  /* in force (or already so: setting the same again is no conflict) */
+  KVCACHED_LIMIT_DEFERRED = 1, /* in force, but more is in use: nothing new fits until `overage` has gone */
+  KVCACHED_LIMIT_STALE = 2,    /* ignored: a newer revision is in force */
+  KVCACHED_LIMIT_CONFLICT = 3  /* ignored: this revision is in force with other bytes */
+};
+
+typedef struct kvcached_limit {
+  size_t struct_size;
+  int result;        /* kvcached_limit_result of the call; APPLIED or DEFERRED when it only asked */
+  uint32_t revision; /* in force; 0: none was set */
+  uint64_t limit;    /* in force, UINT64_MAX = none */
+  uint64_t charge;   /* of the slots it covers */
+  uint64_t overage;  /* charge above the limit */
+} kvcached_limit_t;
+
+/* Sets a limit: of a group, for as long as the group has a live slot (E_SLOT: it has none), or of the card
+   (group NULL), for as long as the file exists. bytes are rounded down to 4096; 2^44 and more is no limit.
+   revision: 1 and up; of two settings the higher one holds, 0 = one more than the one in force. When more is
+   in use, the live contexts it covers are told to trim; nobody is waited for. *out may be NULL. E_INVAL;
+   E_SYSTEM; E_FORKED. */
+KVCACHED_API int kvcached_ledger_set_limit(kvcached_ledger_t ledger, const char *group, uint64_t bytes,
+                                           uint32_t revision, kvcached_limit_t *out);
+
+/* What is in force. group NULL: the card's. A group without a live slot has no limit. */
+KVCACHED_API int kvcached_ledger_get_limit(kvcached_ledger_t ledger, const char *group,
+                                           kvcached_limit_t *out);
+
+enum kvcached_command {
+  KVCACHED_CMD_TRIM = 1,  /* give idle and pooled memory back */
+  KVCACHED_CMD_SLEEP = 2, /* sleep, all kinds */
+  KVCACHED_CMD_WAKE = 3   /* wake, all kinds */
+};
+
+/* Has the context in a slot do something, on its control thread, and waits up to wait_ms for its answer (0:
+   only leaves the command). *freed (may be NULL): bytes given back, to 4096. Returns the context's own result
+   (E_BUSY: it is in use), or E_SLOT: no process uses the slot, or it has no control thread; E_TIMEOUT: no
+   answer; the command was taken back, or may still be carried out, as the detail says; E_BUSY: another
+   command is being carried out; E_INVAL; E_FORKED. */
+KVCACHED_API int kvcached_ledger_command(kvcached_ledger_t ledger, int slot, int command, uint32_t wait_ms,
+                                         uint64_t *freed);
 
 typedef struct kvcached_slot {
   size_t struct_size;
@@ -241,14 +462,21 @@ typedef struct kvcached_slot {
   char group[KVCACHED_GROUP_MAX + 1];
   uint64_t lease, fixed, claim, reserved, charge; /* bytes */
   int leased, attached;                           /* 1 while the lessor's, the user's hold is held */
+  /* -- since ABI 2 -- */
+  uint64_t kind_bytes[3]; /* memory by kvcached_kind */
+  uint64_t idle, pooled;  /* bytes that a trim would give back */
+  uint64_t asleep;        /* bytes of sleeping pages */
+  uint64_t host_bytes;    /* host memory held for sleeping content */
+  uint64_t limit;         /* of the group as this slot knows it; UINT64_MAX = none */
+  uint64_t last_use_ns,
+      woke_ns;             /* CLOCK_MONOTONIC of the last enter or leave, and of the last wake; 0: never */
+  uint32_t inside, queued; /* threads inside the gate; requests waiting */
+  int controlled;          /* 1: it answers commands */
 } kvcached_slot_t;
 
 /* Lists live slots: at most cap into out, their number into *n (may exceed cap; out may be NULL with cap 0).
    out[0].struct_size must be set and is the array's stride. E_INVAL; E_SYSTEM; E_FORKED. */
 KVCACHED_API int kvcached_ledger_slots(kvcached_ledger_t ledger, kvcached_slot_t *out, size_t cap, size_t *n);
-
-/* The file's path; valid until the handle is closed. NULL for NULL. */
-KVCACHED_API const char *kvcached_ledger_path(kvcached_ledger_t ledger);
 
 #ifdef __cplusplus
 }
