@@ -20,6 +20,8 @@ static kvc_device_options from_environment(void) {
 }
 
 static const kvc_backend *const b = &kvc_backend_cuda;
+static kvc_device
+    *volatile kept; /* what is left open on purpose: the fake driver's find, not a sanitizer's */
 
 static kvc_device *probe_open(void) {
   kvc_device_options o = from_environment();
@@ -39,10 +41,11 @@ static void say_device(const kvc_device *d) {
 
 /* An entry point of the driver, found apart from the library's own loading. */
 static void *entry(const char *name) {
-  static void *driver;
-  if (!driver) driver = dlopen(KVC_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
-  void *p = driver ? dlsym(driver, name) : NULL;
+  void *driver = dlopen(KVC_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+  CHECK(driver != NULL);
+  void *p = dlsym(driver, name);
   CHECK(p != NULL);
+  CHECK_EQ(dlclose(driver), 0); /* the library has it open as well */
   return p;
 }
 #define ENTRY(type, variable, name)     \
@@ -55,6 +58,7 @@ static void *entry(const char *name) {
 typedef cu_result (*get_current_fn)(cu_context *);
 typedef cu_result (*set_current_fn)(cu_context);
 typedef cu_result (*create_fn)(cu_context *, unsigned, cu_device);
+typedef cu_result (*destroy_fn)(cu_context);
 
 static cu_context current(void) {
   ENTRY(get_current_fn, get, "cuCtxGetCurrent");
@@ -110,6 +114,7 @@ static void *use_all_thread(void *d) {
 static void probe_contexts(void) {
   ENTRY(set_current_fn, set_current, "cuCtxSetCurrent");
   ENTRY(create_fn, create, "cuCtxCreate_v2");
+  ENTRY(destroy_fn, destroy, "cuCtxDestroy_v2");
   kvc_device *d = probe_open();
   CHECK(current() == NULL); /* none */
   use_all(d);
@@ -124,6 +129,7 @@ static void probe_contexts(void) {
   CHECK(current() == other);
   b->close(second);
   CHECK(current() == other);
+  CHECK_EQ(destroy(other), CU_OK);
 
   const kvc_cuda_driver *driver; /* the library's own */
   CHECK_OK(kvc_cuda_load(&driver));
@@ -244,6 +250,7 @@ static void probe_streams(void) {
   CHECK_OK(b->zero(d, KVC_LANE_CALLER, &s, 0, page));
   CHECK_OK(b->unmap(d, &s, 0, page));
   int err = b->finish(d, KVC_LANE_CALLER);
+  kept = d;
   printf("%s %s\n", kvcached_err_name(err), kvcached_last_error());
 }
 
@@ -286,7 +293,8 @@ __attribute__((constructor)) static void probe(void) {
     say_device(d);
     b->close(d);
   } else if (strcmp(what, "leak") == 0) {
-    say_device(probe_open());
+    kept = probe_open();
+    say_device(kept);
   } else if (strcmp(what, "contexts") == 0) {
     probe_contexts();
   } else if (strcmp(what, "calls") == 0) {
