@@ -291,7 +291,22 @@ uint64_t memory_held(kvcached_ctx_t ctx) {
   return total - free_bytes > used_before ? total - free_bytes - used_before : 0;
 }
 
+/* Whether the helper has nothing to do and is not in the middle of anything. */
+static int is_settled(kvcached_ctx_t ctx) {
+  pthread_mutex_lock(&ctx->mutex);
+  uint64_t host = 0;
+  int settled = !ctx->worker_region && ctx->sleep_ahead == 0;
+  for (kvcached_region_t r = ctx->regions; r; r = r->next) {
+    host += r->copy.capacity;
+    settled &= r->ahead_first >= r->ahead_end;
+  }
+  settled &= ctx->host_claim == host; /* a piece on its way to a region belongs to none */
+  pthread_mutex_unlock(&ctx->mutex);
+  return settled;
+}
+
 void check_context(kvcached_ctx_t ctx) {
+  WAIT_FOR(is_settled(ctx));
   kvcached_stats_t s = stats_of(ctx);
   uint64_t mapped = 0, idle = 0, ready = 0, asleep = 0, reserved = 0, host = 0, pinned = 0;
   for (kvcached_region_t r = ctx->regions; r; r = r->next) {

@@ -55,7 +55,7 @@ void check_region(kvcached_region_t region);
 
 /* The same for all regions of a context, and its own account: claimed = held by pages + pool, in the context
    and in its slot; host memory too; and where this process has the device for itself, what the driver says is
-   in use. Nothing may be going on beside it. */
+   in use. Waits until the helper is done; nothing else may be going on beside it. */
 void check_context(kvcached_ctx_t ctx);
 
 /* Bytes of memory under the context's pages and in its pool as the system or the driver sees them. On a

@@ -1,4 +1,5 @@
 /* Look-ahead: pages made ready before they are asked for, in the background or a few a call. */
+#include "fault.h"
 #include "support.h"
 
 #include <stdatomic.h>
@@ -188,6 +189,27 @@ TEST(prepare, meets_the_other_calls) {
   }
   CHECK_OK(kvcached_ensure(r, 0, 40 * page)); /* waits for it */
   CHECK_EQ(stats_of(ctx).idle, 0);
+  check_context(ctx);
+  kvcached_shutdown(ctx);
+}
+
+/* What the helper is in the middle of is room as well: for an ensure, and when the limit is lowered. */
+TEST(prepare, what_is_being_made_gives_way) {
+  const size_t page = test_page();
+  kvcached_ctx_t ctx = open_ahead(KVCACHED_LOOKAHEAD_THREAD, 10 * page, NULL);
+  kvcached_region_t a = reserve(ctx, KVCACHED_KV, 16 * page), b = reserve(ctx, KVCACHED_KV, 16 * page);
+  fault_delay(FAULT_MAP, 10);
+  CHECK_OK(kvcached_prepare(a, 0, 8 * page));
+  WAIT_FOR(stats_of(ctx).mapped > 0);
+  CHECK_OK(kvcached_ensure(b, 0, 9 * page));
+  CHECK_LE(stats_of(ctx).mapped, 10 * page);
+  CHECK_OK(kvcached_release(b, 0, 16 * page));
+  CHECK_OK(kvcached_trim(ctx, 0, NULL));
+  CHECK_OK(kvcached_prepare(a, 0, 8 * page));
+  WAIT_FOR(stats_of(ctx).mapped > 0);
+  kvcached_set_limit(ctx, 0);
+  CHECK_EQ(stats_of(ctx).mapped, 0);
+  fault_clear();
   check_context(ctx);
   kvcached_shutdown(ctx);
 }

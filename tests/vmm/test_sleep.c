@@ -10,7 +10,8 @@ static size_t asleep(kvcached_ctx_t ctx) { return stats_of(ctx).asleep; }
 
 /* Ensures the first n pages of a region, with a tag of its own in each. */
 static void fill(kvcached_region_t r, size_t n, int tag) {
-  CHECK_OK(kvcached_ensure(r, 0, n * kvcached_region_page_size(r)));
+  size_t bytes = n * kvcached_region_page_size(r), size = kvcached_region_size(r);
+  CHECK_OK(kvcached_ensure(r, 0, bytes < size ? bytes : size));
   for (size_t i = 0; i < n; i++) put_ends(r, i, tag + (int)i);
 }
 
@@ -332,6 +333,43 @@ TEST(sleep, prepared_ahead) {
   kvcached_shutdown(s.ctx);
 }
 
+/* Copies are made ahead only of content that was complete when that was asked for. */
+TEST(sleep, prepared_before_and_made_after) {
+  kvcached_ctx_t ctx = open_alone(0, UINT64_MAX);
+  const size_t large = test_large_page();
+  kvcached_region_t a = reserve(ctx, KVCACHED_WEIGHTS, 3 * large);
+  fill(a, 2, 1);
+  fault_delay(FAULT_READ, 30); /* the helper takes its time */
+  CHECK_OK(kvcached_prepare_sleep(ctx, WEIGHTS));
+  kvcached_region_t b = reserve(ctx, KVCACHED_WEIGHTS, 2 * large); /* a second model is being loaded */
+  CHECK_OK(kvcached_ensure(b, 0, 2 * large));
+  CHECK_OK(kvcached_ensure(a, 2 * large, large)); /* and the first one grows */
+  sleep_ms(150);
+  fault_clear();
+  CHECK(!a->copy.valid && !b->copy.valid);
+  put_ends(b, 0, 70); /* by its own means: a kernel, a copy of another library */
+  put_ends(b, 1, 71);
+  put_ends(a, 2, 3);
+  CHECK_OK(kvcached_prepare_sleep(ctx, WEIGHTS));
+  WAIT_FOR(a->copy.valid && b->copy.valid);
+  go_to_sleep(ctx, WEIGHTS);
+  enter_and_leave(ctx);
+  CHECK(filled(a, 3, 1) && filled(b, 2, 70));
+  check_context(ctx);
+  kvcached_shutdown(ctx);
+}
+
+/* By the library's own means, which drop the copy of WEIGHTS. */
+static void write_again(kvcached_region_t r, size_t n, int tag) {
+  unsigned char ends[64];
+  const size_t unit = kvcached_region_page_size(r), size = kvcached_region_size(r);
+  for (size_t i = 0; i < n; i++) {
+    memset(ends, tag + (int)i, sizeof(ends));
+    CHECK_OK(kvcached_write(r, i * unit, ends, sizeof(ends)));
+    CHECK_OK(kvcached_write(r, (i + 1) * unit < size ? (i + 1) * unit - 64 : size - 64, ends, sizeof(ends)));
+  }
+}
+
 /* What is prepared and what happens meanwhile. */
 TEST(sleep, preparing_meets_the_other_calls) {
   kvcached_ctx_t ctx = open_in(scratch("meets"), "g", UINT64_MAX);
@@ -346,7 +384,7 @@ TEST(sleep, preparing_meets_the_other_calls) {
       atomic_signal_fence(memory_order_seq_cst);
     switch (next_random(&seed) % 5) {
       case 0: go_to_sleep(ctx, KVCACHED_ALL_KINDS); break;
-      case 1: fill(w, 5, ++tag); break;
+      case 1: write_again(w, 5, ++tag); break;
       case 2: CHECK_OK(kvcached_trim_host(ctx, 1, NULL)); break;
       case 3: CHECK_OK(kvcached_trim(ctx, 0, NULL)); break;
       default: break;
