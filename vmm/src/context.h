@@ -269,6 +269,8 @@ void kvc_prepare_inline(struct kvcached_region *region);
 void kvc_wait_worker(struct kvcached_region *region);
 /* The same for all regions; what prepare asked for and has not been begun is forgotten. */
 void kvc_wait_all(struct kvcached_ctx *ctx);
+/* Waits for pages that the helper is making ready: 1 when there were some. */
+int kvc_wait_busy(struct kvcached_ctx *ctx);
 int kvc_control_start(struct kvcached_ctx *ctx);
 /* Ends both threads; the mutex is not held. */
 void kvc_stop_threads(struct kvcached_ctx *ctx);

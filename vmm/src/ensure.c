@@ -108,6 +108,10 @@ static int find_room(ensuring *e, int err, const kvc_shortage *shortage) {
   struct kvcached_region *r = e->r;
   uint64_t spare = spare_bytes(e), missing = kvc_missing(r, e->first, e->end, KVC_UNMAPPED);
   int others;
+  if (kvc_wait_busy(r->ctx)) { /* they are ready now: room that may be had */
+    e->quiet = 0;
+    return 1;
+  }
   if (err == KVCACHED_E_LIMIT) {
     uint64_t most = shortage->group > shortage->card ? shortage->group : shortage->card;
     /* Nobody else's memory helps the group; and nothing is taken that would not be enough. */

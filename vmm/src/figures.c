@@ -4,19 +4,24 @@
 #include <inttypes.h>
 #include <string.h>
 
-uint64_t kvc_mapped_bytes(const struct kvcached_region *r) {
+/* Sleeping pages that could not be unmapped: they count as what they hold, not as what they lack. Rare, so
+   they are looked for only when there are any. */
+static uint64_t restless_bytes(const struct kvcached_region *r) {
   uint64_t bytes = 0;
-  for (uint8_t s = 0; s < KVC_STATES; s++)
-    if (s != KVC_UNMAPPED && s != KVC_ASLEEP) bytes += kvc_state_bytes(r, s);
-  /* Sleeping pages that could not be unmapped: rare, so they are looked for only when there are any. */
   for (size_t i = 0; r->pages.n_stuck > 0 && i < r->pages.top; i++)
     if (r->pages.stuck[i] && r->pages.state[i] == KVC_ASLEEP) bytes += kvc_bytes(r, i, 1);
   return bytes;
 }
 
-/* The helper's pages count as what they are about to be. */
-static uint64_t ready_bytes(const struct kvcached_region *r) {
-  return kvc_state_bytes(r, KVC_READY) + kvc_state_bytes(r, KVC_BUSY);
+uint64_t kvc_mapped_bytes(const struct kvcached_region *r) {
+  uint64_t bytes = restless_bytes(r);
+  for (uint8_t s = 0; s < KVC_STATES; s++)
+    if (s != KVC_UNMAPPED && s != KVC_ASLEEP) bytes += kvc_state_bytes(r, s);
+  return bytes;
+}
+
+static uint64_t asleep_bytes(const struct kvcached_region *r) {
+  return kvc_state_bytes(r, KVC_ASLEEP) - restless_bytes(r);
 }
 
 void kvc_publish(struct kvcached_ctx *ctx) {
@@ -25,8 +30,8 @@ void kvc_publish(struct kvcached_ctx *ctx) {
   for (const struct kvcached_region *r = ctx->regions; r; r = r->next) {
     f.reserved += r->space.size;
     f.kind_bytes[r->kind] += kvc_mapped_bytes(r);
-    f.idle += kvc_state_bytes(r, KVC_IDLE) + ready_bytes(r);
-    f.asleep += kvc_state_bytes(r, KVC_ASLEEP);
+    f.idle += kvc_state_bytes(r, KVC_IDLE) + kvc_state_bytes(r, KVC_READY);
+    f.asleep += asleep_bytes(r);
   }
   f.pooled = kvc_pool_bytes(ctx);
   kvc_ledger_publish(ctx->ledger, ctx->slot, &f);
@@ -35,13 +40,14 @@ void kvc_publish(struct kvcached_ctx *ctx) {
 /* ---- stats ---- */
 
 void kvc_region_add_stats(const struct kvcached_region *r, kvcached_stats_t *sum) {
-  uint64_t mapped = kvc_mapped_bytes(r), ready = ready_bytes(r);
+  /* What the helper is still making is mapped, and becomes ready with the next step. */
+  uint64_t mapped = kvc_mapped_bytes(r), ready = kvc_state_bytes(r, KVC_READY);
   sum->reserved += r->space.size;
   sum->mapped += mapped;
   sum->idle += kvc_state_bytes(r, KVC_IDLE) + ready;
   sum->kind_mapped[r->kind] += mapped;
   sum->ready += ready;
-  sum->asleep += kvc_state_bytes(r, KVC_ASLEEP);
+  sum->asleep += asleep_bytes(r);
   sum->host_bytes += r->copy.capacity;
   sum->host_pinned += r->copy.pinned;
 }
@@ -187,6 +193,7 @@ void kvcached_set_limit(kvcached_ctx_t ctx, size_t limit) {
   (void)pthread_mutex_lock(&ctx->mutex);
   int err = apply_limit(ctx, limit);
   if (err) kvc_log(ctx, KVCACHED_LOG_ERROR, "the limit was not set to %zu: %s", limit, kvcached_last_error());
+  (void)kvc_wait_busy(ctx); /* what the helper is making is idle after */
   int more = !err && above_limit(ctx) > 0;
   (void)pthread_mutex_unlock(&ctx->mutex);
   if (!more) return;

@@ -132,7 +132,9 @@ static void drop_content(kvc_hostcopy *c) {
 }
 
 void kvc_hostcopy_invalidate(struct kvcached_region *r) {
-  if (!kvc_sleeps(r)) drop_content(&r->copy);
+  if (kvc_sleeps(r)) return;
+  drop_content(&r->copy);
+  r->copy.wanted = 0; /* what is being written now is not complete before its owner says so again */
 }
 
 void kvc_hostcopy_forget(struct kvcached_region *r) {
@@ -271,6 +273,7 @@ int kvcached_trim_host(kvcached_ctx_t ctx, int weights, size_t *freed) {
     if (e && !err) err = e;
     r = r->next;
   }
+  kvc_reap(ctx);
   kvc_publish(ctx);
   (void)pthread_mutex_unlock(&ctx->mutex);
   if (freed) *freed = (size_t)got;

@@ -95,7 +95,7 @@ static int copy_all(struct kvcached_ctx *ctx, unsigned kinds) {
 static void undo_copies(struct kvcached_ctx *ctx, unsigned kinds) {
   for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
     if (!has_kind(r, kinds) || kvc_sleeps(r)) continue;
-    if (r->kind == KVCACHED_KV) kvc_hostcopy_invalidate(r); /* its content goes on changing */
+    if (r->kind == KVCACHED_KV) kvc_hostcopy_invalidate(r);
     shrink_to_mark(r);
   }
 }
@@ -240,6 +240,8 @@ int kvcached_prepare_sleep(kvcached_ctx_t ctx, unsigned kinds) {
   (void)pthread_mutex_lock(&ctx->mutex);
   err = kvc_worker_start(ctx);
   if (!err) {
+    for (struct kvcached_region *r = ctx->regions; r; r = r->next)
+      if (has_kind(r, kinds)) r->copy.wanted = 1;
     ctx->sleep_ahead |= kinds;
     (void)pthread_cond_broadcast(&ctx->work_cond);
   }
@@ -247,12 +249,13 @@ int kvcached_prepare_sleep(kvcached_ctx_t ctx, unsigned kinds) {
   return err;
 }
 
-/* The region whose copy is to be prepared next, in the order in which sleep provides for them. */
+/* The region whose copy is to be prepared next, in the order in which sleep provides for them. WEIGHTS that
+   were made or changed since they were asked for may not be complete, and are not copied. */
 static struct kvcached_region *next_to_prepare(const struct kvcached_ctx *ctx) {
   for (int reloadable = 0; reloadable < 2; reloadable++)
     for (struct kvcached_region *r = ctx->regions; r; r = r->next)
       if (has_kind(r, ctx->sleep_ahead) && needs_copy(r) && can_reload(r) == reloadable &&
-          (r->kind == KVCACHED_WEIGHTS || r->copy.capacity < kvc_hostcopy_need(r)))
+          (r->kind == KVCACHED_WEIGHTS ? r->copy.wanted : r->copy.capacity < kvc_hostcopy_need(r)))
         return r;
   return NULL;
 }

@@ -36,7 +36,14 @@ static int call_reload(struct kvcached_region *r) {
 
 void kvc_count_asleep(struct kvcached_ctx *ctx) {
   size_t n = 0;
-  for (const struct kvcached_region *r = ctx->regions; r; r = r->next) n += r->pages.count[KVC_ASLEEP];
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
+    n += r->pages.count[KVC_ASLEEP];
+    if (kvc_sleeps(r)) continue;
+    /* However it came to be awake: how it was to wake says nothing of its next sleep, and what KV pages hold
+       may change from now on. */
+    r->copy.zero = 0;
+    if (r->kind == KVCACHED_KV && r->copy.valid) kvc_hostcopy_invalidate(r);
+  }
   atomic_store(&ctx->asleep, n);
 }
 
@@ -115,8 +122,6 @@ int kvc_refill(struct kvcached_region *r, uint64_t *held) {
       return kvc_detail_again(err, &d);
     }
   }
-  r->copy.zero = 0;
-  if (r->kind == KVCACHED_KV) kvc_hostcopy_invalidate(r); /* its content may change from now on */
   return KVCACHED_OK;
 }
 
@@ -160,6 +165,7 @@ static int wake(struct kvcached_ctx *ctx, unsigned kinds, struct kvcached_region
     /* Of its own group only the context itself gives something up. Other groups are asked where the card is
        short; while they are, regions may be woken, released and freed by others: from the start then. */
     uint64_t want = shortage.group > shortage.card ? shortage.group : shortage.card;
+    if (kvc_wait_busy(ctx)) continue;
     if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, 0, 0) > 0) continue;
     if (err == KVCACHED_E_LIMIT && (shortage.group > 0 || shortage.card == 0)) break;
     if (!kvc_make_room(ctx, &room)) break;

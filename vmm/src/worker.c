@@ -154,3 +154,9 @@ void kvc_wait_all(struct kvcached_ctx *ctx) {
   for (struct kvcached_region *r = ctx->regions; r; r = r->next) forget(r);
   wait_for(ctx, NULL);
 }
+
+int kvc_wait_busy(struct kvcached_ctx *ctx) {
+  if (!ctx->worker_region || ctx->worker_region->pages.count[KVC_BUSY] == 0) return 0;
+  wait_for(ctx, NULL);
+  return 1;
+}
