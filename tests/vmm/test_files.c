@@ -1,6 +1,5 @@
-/* The ledger's file: what is refused, and that nothing but a good file is ever used. */
-#include "ledger_file.h"
-#include "support.h"
+/* The ledger's file: its name, what is refused, and that nothing but a good file is ever used. */
+#include "ledger_kit.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +18,7 @@ static void check_refused(const char *path, const char *why) {
   CHECK_DETAIL(why);
   CHECK_DETAIL(path);
   kvcached_options_t o;
-  kvcached_options_init(&o);
+  test_options(&o);
   o.ledger_path = path;
   kvcached_ctx_t ctx = (kvcached_ctx_t)1;
   CHECK_IS(kvcached_open(&o, &ctx), KVCACHED_E_LEDGER);
@@ -41,7 +40,7 @@ static void write_file(const char *path, const void *data, size_t size, off_t of
   close(fd);
 }
 
-static void test_new_file(void) {
+TEST_HOST(files, new_file) {
   mode_t mask = umask(0777);
   const char *path = good_file("new");
   umask(mask);
@@ -53,20 +52,71 @@ static void test_new_file(void) {
   CHECK_EQ(live_slots(path), 0);
 }
 
-static void test_default_path(void) {
-  char expected[64];
+TEST_HOST(files, default_path) {
+  char expected[KVCACHED_PATH_MAX], path[KVCACHED_PATH_MAX];
   snprintf(expected, sizeof(expected), "/dev/shm/kvcached-%lu-host", (unsigned long)geteuid());
-  kvcached_ledger_t l;
-  if (access("/dev/shm", W_OK) != 0) {
-    SKIP("test_default_path", "no /dev/shm to write in");
-    return;
+  CHECK_OK(kvcached_ledger_default_path(NULL, path, sizeof(path)));
+  CHECK_TEXT(path, expected);
+  CHECK_OK(kvcached_ledger_default_path("host", path, sizeof(path)));
+  CHECK_TEXT(path, expected);
+  kvcached_ledger_t l = NULL;
+  if (access("/dev/shm", W_OK) == 0) { /* else its absence must be an error, no crash */
+    CHECK_OK(kvcached_ledger_open(NULL, &l));
+    CHECK_TEXT(kvcached_ledger_path(l), expected);
+  } else {
+    CHECK_IS(kvcached_ledger_open(NULL, &l), KVCACHED_E_LEDGER);
   }
-  CHECK_OK(kvcached_ledger_open(NULL, &l));
-  CHECK(strcmp(kvcached_ledger_path(l), expected) == 0);
   kvcached_ledger_close(l);
+  CHECK(kvcached_ledger_path(NULL) == NULL);
 }
 
-static void test_not_plain(void) {
+/* All ways to write a device give one name. */
+TEST_HOST(files, path_of_a_device) {
+  static const char *const same[] = {
+      "GPU-0a1B2c3D-4e5f-6789-aBcD-ef0123456789", "gpu-0A1b2c3d-4e5f-6789-abcd-EF0123456789",
+      "MIG-0a1b2c3d-4e5f-6789-abcd-ef0123456789", "mIg-0a1b2c3d-4e5f-6789-abcd-ef0123456789",
+      "0A1B2C3D-4E5F-6789-ABCD-EF0123456789",     "0a1b2c3d-4e5f-6789-abcd-ef0123456789"};
+  char expected[KVCACHED_PATH_MAX], path[KVCACHED_PATH_MAX];
+  snprintf(expected, sizeof(expected), "/dev/shm/kvcached-%lu-0a1b2c3d-4e5f-6789-abcd-ef0123456789",
+           (unsigned long)geteuid());
+  for (size_t i = 0; i < sizeof(same) / sizeof(same[0]); i++) {
+    CHECK_OK(kvcached_ledger_default_path(same[i], path, sizeof(path)));
+    CHECK_TEXT(path, expected);
+  }
+  static const char *const bad[] = {"",
+                                    "cpu",
+                                    "HOST",
+                                    "host ",
+                                    "GPU-",
+                                    "MIG",
+                                    "GPU-GPU-0a1b2c3d-4e5f-6789-abcd-ef0123456789",
+                                    "UUID-0a1b2c3d-4e5f-6789-abcd-ef0123456789",
+                                    "0a1b2c3d-4e5f-6789-abcd-ef012345678",
+                                    "0a1b2c3d-4e5f-6789-abcd-ef01234567890",
+                                    "0a1b2c3d-4e5f-6789-abcd-ef012345678g",
+                                    "0a1b2c3d4e5f6789abcdef0123456789",
+                                    "0a1b2c3d-4e5f-6789-abcd_ef0123456789",
+                                    " 0a1b2c3d-4e5f-6789-abcd-ef0123456789",
+                                    "0a1b2c3d-4e5f-6789-abcd-ef0123456789\n",
+                                    "../../../tmp/0a1b2c3d-4e5f-6789-abcd",
+                                    "MIG-GPU-0a1b2c3d-4e5f-6789-abcd-ef0123456789/1/0"};
+  for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+    path[0] = 'x';
+    CHECK_IS(kvcached_ledger_default_path(bad[i], path, sizeof(path)), KVCACHED_E_INVAL);
+    CHECK_TEXT(path, "");
+    CHECK_DETAIL("UUID");
+  }
+  CHECK_IS(kvcached_ledger_default_path(NULL, path, 10), KVCACHED_E_INVAL);
+  CHECK_TEXT(path, "");
+  CHECK_DETAIL("does not fit 10");
+  CHECK_IS(kvcached_ledger_default_path(NULL, path, strlen(expected) - 40), KVCACHED_E_INVAL);
+  CHECK_IS(kvcached_ledger_default_path(NULL, path, 0), KVCACHED_E_INVAL);
+  CHECK_IS(kvcached_ledger_default_path(NULL, NULL, 100), KVCACHED_E_INVAL);
+  CHECK_OK(kvcached_ledger_default_path(same[0], path, strlen(expected) + 1)); /* exactly */
+  CHECK_IS(kvcached_ledger_default_path(same[0], path, strlen(expected)), KVCACHED_E_INVAL);
+}
+
+TEST_HOST(files, not_plain) {
   const char *target = good_file("target"), *path = scratch("link");
   CHECK(symlink(target, path) == 0);
   check_refused(path, "symbolic link");
@@ -87,21 +137,18 @@ static void test_not_plain(void) {
   CHECK_IS(kvcached_ledger_open("", &l), KVCACHED_E_INVAL);
 }
 
-static void test_permissions(void) {
+TEST_HOST(files, permissions) {
   const char *path = good_file("open-to-others");
   CHECK(chmod(path, 0644) == 0);
   check_refused(path, "mode 0644");
   CHECK(chmod(path, 0620) == 0);
   check_refused(path, "mode 0620");
-  if (geteuid() != 0) {
-    SKIP("test_permissions (another owner)", "needs root");
-    return;
-  }
+  if (geteuid() != 0) return; /* only root can give a file away */
   CHECK(chmod(path, 0600) == 0 && chown(path, 12345, (gid_t)-1) == 0);
   check_refused(path, "belongs to uid 12345");
 }
 
-static void test_content(void) {
+TEST_HOST(files, content) {
   const char *path = scratch("foreign");
   char text[8192];
   memset(text, 'x', sizeof(text));
@@ -124,13 +171,19 @@ static void test_content(void) {
   uint32_t number = 99;
   write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, version));
   check_refused(path, "version 99");
+  number = 1;
+  path = good_file("older");
+  write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, version));
+  CHECK(truncate(path, 36864) == 0); /* as large as that version's was */
+  check_refused(path, "version 1, this library has version 2");
+  number = 99;
   path = good_file("slots");
   write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, slots));
   check_refused(path, "damaged");
 }
 
 /* A creator that died half way leaves a file with no magic: it is finished by the next. */
-static void test_unfinished(void) {
+TEST_HOST(files, unfinished) {
   const char *path = scratch("empty");
   write_file(path, "", 0, 0);
   CHECK_EQ(live_slots(path), 0);
@@ -146,8 +199,24 @@ static void test_unfinished(void) {
   kvcached_shutdown(ctx);
 }
 
+/* The creator is stopped in the middle: waiting for it has an end, and the file is good once it went on. */
+TEST_HOST(files, creator_stopped) {
+  const char *path = scratch("creating");
+  int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  CHECK(fd >= 0);
+  struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+  CHECK(fcntl(fd, F_OFD_SETLK, &all) == 0);
+  kvcached_ledger_t l;
+  int64_t start = now_ms();
+  CHECK_IS(kvcached_ledger_open(path, &l), KVCACHED_E_LEDGER);
+  CHECK_LE(now_ms() - start, 3000);
+  CHECK_DETAIL("under creation");
+  close(fd);
+  CHECK_EQ(live_slots(path), 0);
+}
+
 /* The signal for a file grown too large would end the process: it must not come. */
-static void test_file_size_limit(void) {
+TEST_HOST(files, file_size_limit) {
   const char *path = scratch("ulimit");
   struct rlimit old, small;
   CHECK(getrlimit(RLIMIT_FSIZE, &old) == 0);
@@ -160,13 +229,13 @@ static void test_file_size_limit(void) {
 }
 
 /* A full file system, for real: a tiny one in a mount namespace of a child. */
-static void test_no_space(void) {
+TEST_SYSTEM(files, no_space) {
   const char *dir = scratch("tiny");
   CHECK(mkdir(dir, 0700) == 0);
   pid_t pid = fork();
   CHECK(pid >= 0);
   if (pid == 0) {
-    if ((unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) ||
+    if (!enter_namespaces(CLONE_NEWNS) ||
         mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
         mount("tmpfs", dir, "tmpfs", 0, "size=16k,mode=0700") != 0)
       _exit(77);
@@ -182,13 +251,12 @@ static void test_no_space(void) {
   int status;
   CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
   if (WEXITSTATUS(status) == 77)
-    SKIP("test_no_space", "no file systems can be mounted here");
-  else
-    CHECK_EQ(WEXITSTATUS(status), 0);
+    SKIP("no file systems can be mounted here");
+  CHECK_EQ(WEXITSTATUS(status), 0);
 }
 
 /* Descriptors are not for programs this one starts. */
-static void test_close_on_exec(void) {
+TEST_HOST(files, close_on_exec) {
   const char *path = scratch("cloexec");
   int before[64], found = 0;
   for (int fd = 0; fd < 64; fd++) before[fd] = fcntl(fd, F_GETFD);
@@ -207,7 +275,7 @@ static void test_close_on_exec(void) {
 /* A slot ends with its descriptor. Were the file mapped through that very one, the mapping would keep the
    slot alive wherever the address space outlives the process: while somebody reads its /proc/<pid>/smaps, for
    one. */
-static void test_mapping_holds_no_lock(void) {
+TEST_HOST(files, mapping_holds_no_lock) {
   const char *path = scratch("mapping");
   pid_t pid = fork();
   CHECK(pid >= 0);
@@ -227,7 +295,7 @@ static void test_mapping_holds_no_lock(void) {
 }
 
 /* A child opens the ledger by its path: once that names another file, or none, it would not find its lease. */
-static void test_lease_needs_the_file_at_its_path(void) {
+TEST_HOST(files, lease_needs_the_file_at_its_path) {
   const char *path = scratch("deleted"), *aside = scratch("aside");
   kvcached_ledger_t l;
   CHECK_OK(kvcached_ledger_open(path, &l));
@@ -245,19 +313,4 @@ static void test_lease_needs_the_file_at_its_path(void) {
   CHECK_OK(kvcached_ledger_unlease(l, refused));
   CHECK_OK(kvcached_ledger_unlease(l, slot));
   kvcached_ledger_close(l);
-}
-
-int main(void) {
-  RUN(test_new_file);
-  RUN(test_default_path);
-  RUN(test_not_plain);
-  RUN(test_permissions);
-  RUN(test_content);
-  RUN(test_unfinished);
-  RUN(test_file_size_limit);
-  RUN(test_no_space);
-  RUN(test_close_on_exec);
-  RUN(test_mapping_holds_no_lock);
-  RUN(test_lease_needs_the_file_at_its_path);
-  return 0;
 }

@@ -9,6 +9,7 @@
  * mapped through an open() of its own, which carries no locks.
  */
 #include "ledger_file.h"
+#include "ledger.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -24,7 +25,7 @@
 #define LOCK_BASE ((off_t)1 << 30)
 #define LOCK_CREATE LOCK_BASE       /* held while the file is filled in */
 #define LOCK_SLOTS (LOCK_BASE + 64) /* two bytes a slot: lessor, user */
-#define CREATE_WAIT_MS 2000
+#define CREATE_WAIT_MS 1000
 
 static int set_lock(int fd, short type, off_t start, off_t len) {
   struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = start, .l_len = len};
@@ -165,7 +166,8 @@ static int fill_in(const char *path, int fd) {
 
 static int check_or_create(const char *path, int fd) {
   int locked = 0, err = KVCACHED_OK;
-  for (int waited = 0;; waited++) {
+  const int64_t deadline = kvc_now_ns() + INT64_C(1000000) * CREATE_WAIT_MS;
+  for (;;) {
     struct stat st;
     if (fstat(fd, &st) != 0) {
       err = kvc_fail_errno(KVCACHED_E_LEDGER, errno, "looking at %s", path);
@@ -186,7 +188,7 @@ static int check_or_create(const char *path, int fd) {
     } else if (errno != EAGAIN && errno != EACCES) {
       err = kvc_fail_errno(KVCACHED_E_LEDGER, errno, "locking %s", path);
       break;
-    } else if (waited >= CREATE_WAIT_MS) {
+    } else if (kvc_now_ns() >= deadline) {
       err = kvc_fail(KVCACHED_E_LEDGER, "%s has been under creation by another process for %d ms", path,
                      CREATE_WAIT_MS);
       break;

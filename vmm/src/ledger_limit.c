@@ -113,12 +113,14 @@ static int set_group(struct kvcached_ledger *l, const char *group, uint32_t unit
   }
   err = look_at_group(l, group, want, &first, &best);
   if (err) return err;
-  /* Others may have set theirs in another slot, while the first one came or went. */
+  /* Somebody may have set the next revision since; or this one, where another slot was the first. */
   if (best == want || first < 0) {
     *result = KVCACHED_LIMIT_APPLIED;
+  } else if (revision_of(best) > revision_of(want)) {
+    *result = KVCACHED_LIMIT_STALE;
   } else {
     *again = 1;
-    *result = revision_of(best) > revision_of(want) ? KVCACHED_LIMIT_STALE : KVCACHED_LIMIT_CONFLICT;
+    *result = KVCACHED_LIMIT_CONFLICT;
   }
   return KVCACHED_OK;
 }
@@ -164,8 +166,8 @@ static int set_limit(struct kvcached_ledger *l, const char *group, int except, u
                 : set_card(l, units, revision, &result, &again);
     if (err) return err;
     if (again) (void)sched_yield();
-    /* A revision of the caller's own settles at once: the next attempt sees what came between. */
-  } while (again && kvc_now_ns() < deadline && (revision == 0 || result == KVCACHED_LIMIT_CONFLICT));
+    /* The next attempt sees what came between: with a revision of the caller's own that decides it. */
+  } while (again && kvc_now_ns() < deadline);
   /* A claim announced before the limit changed may have read the old one: it has to announce again. */
   if (result == KVCACHED_LIMIT_APPLIED) kvc_withdraw_others(l, KVC_DEVICE, group, -1, 0);
   err = report(l, group, result, out);
