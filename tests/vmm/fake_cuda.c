@@ -11,7 +11,8 @@
  *   FAKE_CUDA_NO_VMM=1     no virtual memory management
  *   FAKE_CUDA_MISSING      names of entry points, with commas between, that are not to be there
  *   FAKE_CUDA_INIT         what cuInit returns (0)
- *   FAKE_CUDA_ASYNC=1      work on streams is done when it is waited for, not before
+ *   FAKE_CUDA_ASYNC=1      work on streams is done when it is waited for, not before, and memory that it
+ *                         still needs must not go
  *   FAKE_CUDA_SLOW_HOST_MS what each allocation of pinned memory takes
  *   FAKE_CUDA_NO_PINNED=1  there is no pinned memory
  *   FAKE_CUDA_STRICT=1     what is still held when the process exits is told on stderr, and it exits with 99
@@ -137,7 +138,7 @@ __attribute__((destructor)) static void check_leaks(void) {
           "fake_cuda: process %d ends with %zu handles, %zu reservations, %zu mappings, %zu pieces of pinned "
           "memory, %zu streams, %d retained contexts%s\n",
           (int)getpid(), held.handles, held.reservations, held.mappings, held.pinned, held.streams, retained,
-          lost ? "; work met memory that had gone" : "");
+          lost ? "; memory went that work still needed" : "");
   (void)fflush(NULL);
   _exit(99);
 }

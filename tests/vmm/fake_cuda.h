@@ -47,7 +47,7 @@ cu_result fake_begin(void);
 cu_result fake_begin_in_context(cu_context *current);
 cu_result fake_end(cu_result r);
 int fake_is_device(cu_device device);
-/* Work met memory that had gone: as on a real device, nothing works any more. */
+/* Memory went that work still needed: as on a real device, nothing works any more. */
 cu_result fake_lose(void);
 
 #define BEGIN()               \
@@ -71,6 +71,11 @@ typedef struct fake_held {
   size_t handles, reservations, mappings, pinned, streams;
 } fake_held;
 void fake_memory_held(fake_held *held);
+
+/* ---- fake_stream.c ---- */
+
+/* Whether work that is still queued uses any of [p, p + size), device or host memory. */
+int fake_is_in_use(const void *p, size_t size);
 size_t fake_streams_held(void);
 
 /* ---- fake_card.c: how much of the cards' memory is taken ---- */

@@ -223,6 +223,7 @@ cu_result cuMemMap(cu_ptr ptr, size_t size, size_t offset, cu_handle handle, uns
   char *p = host(ptr);
   memory *m = memory_of(handle);
   NEED(m && !m->released && flags == 0 && (uintptr_t)p % granularity == 0, CU_INVALID_VALUE);
+  NEED(size <= m->size, CU_INVALID_VALUE);
   NEED(offset == 0 && size == m->size, CU_NOT_SUPPORTED);
   size_t in = after(&reserved, p), i = after(&mapped, p);
   NEED(in < reserved.n && reserved.r[in].p <= p &&
@@ -254,6 +255,7 @@ cu_result cuMemUnmap(cu_ptr ptr, size_t size) {
   BEGIN();
   size_t first, n = whole(&mapped, host(ptr), size, &first);
   NEED(n > 0, CU_INVALID_VALUE);
+  NEED(!fake_is_in_use(host(ptr), size), fake_lose());
   NEED(empty(host(ptr), size), CU_OUT_OF_MEMORY);
   for (size_t i = first; i < first + n; i++) {
     memory *m = memory_of(mapped.r[i].handle);
@@ -290,6 +292,7 @@ cu_result cuMemFreeHost(void *p) {
   BEGIN_IN_CONTEXT();
   size_t i = after(&pinned, p);
   NEED(i < pinned.n && pinned.r[i].p == p, CU_INVALID_VALUE);
+  NEED(!fake_is_in_use(p, pinned.r[i].size), fake_lose());
   (void)munmap(p, pinned.r[i].size);
   drop(&pinned, i, 1);
   return fake_end(CU_OK);

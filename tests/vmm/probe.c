@@ -248,8 +248,8 @@ static void probe_streams(void) {
   CHECK_OK(b->finish(d, KVC_LANE_CALLER));
   CHECK_EQ(back, 0);
   CHECK_OK(b->zero(d, KVC_LANE_CALLER, &s, 0, page));
-  CHECK_OK(b->unmap(d, &s, 0, page));
-  int err = b->finish(d, KVC_LANE_CALLER);
+  int err = b->unmap(d, &s, 0, page);
+  CHECK_IS(b->finish(d, KVC_LANE_CALLER), err); /* and it stays so */
   kept = d;
   printf("%s %s\n", kvcached_err_name(err), kvcached_last_error());
 }

@@ -1,6 +1,6 @@
 /*
- * Loading the CUDA driver and opening a device, with the fake one (fake_cuda.c) whatever the machine has. Each
- * case is a process of its own, because a driver is loaded once: this program again, as probe.c.
+ * Loading the CUDA driver and opening a device, with the fake one (fake_cuda.c) whatever the machine has.
+ * Each case is a process of its own, because a driver is loaded once: this program again, as probe.c.
  */
 #include "support.h"
 
@@ -37,8 +37,15 @@ static pid_t start_probe(const char *what, const char *settings, const char *fol
   pid_t pid = fork();
   CHECK(pid >= 0);
   if (pid == 0) {
-    static char *const ours[] = {"FAKE_CUDA_STATE", "FAKE_CUDA_MEMORY", "FAKE_CUDA_ASYNC"};
-    for (size_t i = 0; i < 3; i++) unsetenv(ours[i]);
+    for (char **e = environ; *e;) { /* settings of the tests around this one */
+      char name[64];
+      if (sscanf(*e, "%63[A-Z_]", name) == 1 && strncmp(name, "FAKE_CUDA_", 10) == 0) {
+        unsetenv(name);
+        e = environ;
+      } else {
+        e++;
+      }
+    }
     setenv("FAKE_CUDA_STRICT", "1", 1);
     setenv("LD_LIBRARY_PATH", folder, 1);
     setenv("KVCACHED_PROBE", what, 1);

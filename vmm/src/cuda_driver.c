@@ -52,15 +52,19 @@ static int resolve_all(void *library, kvc_cuda_driver *driver) {
                   n, missing);
 }
 
-static int load(kvc_cuda_driver *driver, void **library) {
-  *library = dlopen(KVC_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
-  if (!*library) {
+static int load(kvc_cuda_driver *driver) {
+  void *library = dlopen(KVC_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
     const char *why = dlerror();
     return kvc_fail(KVCACHED_E_UNSUPPORTED, "no CUDA driver: %s; it comes with the GPU's kernel driver",
                     why ? why : "cannot load " KVC_CUDA_LIBRARY);
   }
-  int err = resolve_all(*library, driver);
-  if (err) return err;
+  int err = resolve_all(library, driver);
+  if (err) {
+    (void)dlclose(library);
+    return err;
+  }
+  /* From here on it stays: a driver that has begun to work is not made to be unloaded. */
   cu_result r = driver->init(0);
   return r == CU_OK ? KVCACHED_OK : kvc_cuda_fail(driver, r, "initialising the CUDA driver");
 }
@@ -76,8 +80,7 @@ int kvc_cuda_load(const kvc_cuda_driver **out) {
   driver = calloc(1, sizeof(*driver));
   if (!driver)
     return kvc_fail(KVCACHED_E_NOMEM, "no memory for the CUDA driver's %zu bytes of table", sizeof(*driver));
-  void *library;
-  int err = load(driver, &library);
+  int err = load(driver);
   if (!err) {
     kvc_cuda_driver *other = NULL;
     if (atomic_compare_exchange_strong(&loaded, &other, driver)) {
@@ -87,7 +90,6 @@ int kvc_cuda_load(const kvc_cuda_driver **out) {
     *out = other;
   }
   free(driver);
-  if (library) (void)dlclose(library);
   return err;
 }
 
