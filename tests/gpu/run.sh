@@ -1,0 +1,245 @@
+#!/usr/bin/env bash
+# Everything that has to be shown on a real GPU, by one command on a machine that has one and nothing else:
+#
+#   tests/gpu/run.sh OUT [STAGE...]
+#
+# OUT gets a log for each stage (and bench.json); the table at the end says which passed. Stages, in this order:
+#   build       the library, the test program, the programs of this folder, the benchmark
+#   suite       the whole C suite on the GPU
+#   sanitizer   the suites that touch memory, graphs and soak (shortened), under compute-sanitizer
+#   graphs      captured CUDA graphs over memory that is replaced; look-ahead while kernels run
+#   fresh       are pages zero that the driver makes anew
+#   bench       costs against raw driver calls, with their bounds
+#   soak        1,000 cycles of sleep and wake, 10,000 of growing and shrinking
+# Without any, all of them; build is done whenever its results are not there. A stage that fails stops none of the
+# others. Exit: 0 all passed, 1 one did not, 2 usage.
+#
+# Needs: a C compiler, nvcc, coreutils; compute-sanitizer for that stage. No network, no make.
+# From the environment:
+#   CC, NVCC (cc, nvcc)        GPU_ARCH (native)            BUILD=DIR (OUT/build)
+#   TOTAL_S=N (540)            no stage goes on after so many seconds
+#   WITHOUT_SUITE=1            build does not make the test program
+#   SUITE_ARGS, BENCH_ARGS, GRAPHS_ARGS, FRESH_ARGS, SOAK_ARGS   more arguments of the programs
+#   FAKE=1                     no GPU: the driver of tests/vmm/fake_cuda.c, kernels on the CPU, small numbers; checks
+#                              these programs and this script, no times, and skips the sanitizer
+set -u
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+all_stages="build suite sanitizer graphs fresh bench soak"
+
+if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
+  sed -n '2,/^set -u/p' "$0" | sed -n 's/^# \{0,1\}//p'
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+shift
+stages=${*:-$all_stages}
+for stage in $stages; do
+  case " $all_stages " in
+    *" $stage "*) ;;
+    *) echo "$stage: no such stage; there are: $all_stages" >&2; exit 2 ;;
+  esac
+done
+
+build=${BUILD:-$out/build}
+mkdir -p "$build" || exit 2
+cc=${CC:-cc}
+nvcc=${NVCC:-nvcc}
+fake=${FAKE:-}
+total=${TOTAL_S:-540}
+jobs=$(nproc)
+began=$SECONDS
+flags="-std=c11 -O2 -g -fPIC -pthread -Wall -Wextra"
+[ -n "$fake" ] && run_env="env LD_LIBRARY_PATH=$build/fake FAKE_CUDA_MEMORY=4294967296" || run_env="env"
+
+# ---- build ----
+
+# compile FOLDER FLAGS FILE...: objects into FOLDER, as many at once as there are processors.
+compile() {
+  local folder=$1 options=$2
+  shift 2
+  mkdir -p "$folder"
+  # shellcheck disable=SC2016
+  printf '%s\n' "$@" | xargs -P "$jobs" -I{} sh -c '
+    o=$1/$(basename "$2" .c).o; echo "'"$cc"' $3 -c $2"; exec '"$cc"' $3 -c -o "$o" "$2"' sh "$folder" {} "$options"
+}
+
+# The C files of tests/vmm that make the test program: all but the fake driver and what is a program by itself.
+suite_files() {
+  for f in "$root"/tests/vmm/*.c; do
+    case $(basename "$f") in fake_* | fuzz_*) ;; *) echo "$f" ;; esac
+  done
+}
+
+stage_build() {
+  local public="-I$root/vmm/include" inner="-I$root/vmm/include -I$root/vmm/src" bench=$root/vmm/bench
+  set -e
+  "$cc" --version | head -n 1
+  compile "$build/lib.o" "$flags -fvisibility=hidden" "$root"/vmm/src/*.c
+  "$cc" -shared -pthread -Wl,-soname,libkvcached.so -Wl,-z,defs -o "$build/libkvcached.so" "$build"/lib.o/*.o -ldl
+  # The driver that is none: for FAKE, and for those tests of loading a driver that always use it.
+  mkdir -p "$build/fake"
+  # shellcheck disable=SC2086
+  "$cc" $flags -fvisibility=hidden $inner -shared -Wl,-soname,libcuda.so.1 -o "$build/fake/libcuda.so.1" \
+    "$root"/tests/vmm/fake_*.c -ldl
+  compile "$build/bench.o" "$flags $public" "$bench"/*.c
+  "$cc" -pthread -rdynamic -o "$build/kvcached-bench" "$build"/bench.o/*.o -L"$build" -lkvcached \
+    "-Wl,-rpath,$build" -ldl
+  compile "$build/gpu.o" "$flags $public -I$bench" "$here/program.c" "$here/graphs.c" "$here/fresh.c" "$here/soak.c" \
+    "$bench/raw.c" "$bench/raw_cuda.c"
+  local shared="$build/gpu.o/program.o $build/gpu.o/raw.o $build/gpu.o/raw_cuda.o" link
+  if [ -n "$fake" ]; then
+    compile "$build/gpu.o" "$flags" "$here/gpu_cpu.c"
+    shared="$shared $build/gpu.o/gpu_cpu.o"
+    link="$cc -pthread"
+  else
+    "$nvcc" --version | tail -n 2
+    "$nvcc" "-arch=${GPU_ARCH:-native}" -O2 -std=c++17 -Xcompiler -Wall,-Wextra -c -o "$build/gpu.o/gpu.o" "$here/gpu.cu"
+    shared="$shared $build/gpu.o/gpu.o"
+    link="$nvcc"
+  fi
+  for program in graphs fresh soak; do
+    # shellcheck disable=SC2086
+    $link -o "$build/$program" "$build/gpu.o/$program.o" $shared -L"$build" -lkvcached -Xlinker -rpath -Xlinker "$build" \
+      -lpthread -ldl
+  done
+  # Last, because the other stages can do without it.
+  if [ -n "${WITHOUT_SUITE:-}" ]; then
+    date >"$build/done"
+    return
+  fi
+  # shellcheck disable=SC2046
+  compile "$build/suite.o" "$flags -fvisibility=hidden -DKVCACHED_TEST $inner" "$root"/vmm/src/*.c $(suite_files)
+  mkdir -p "$build/suite"
+  "$cc" -pthread -o "$build/suite/vmm_tests" "$build"/suite.o/*.o -ldl
+  date >"$build/done"
+}
+
+# ---- the others: each prints to its log and says by its exit code whether it passed ----
+
+stage_suite() {
+  # One at a time: tests compare what the driver reports as used.
+  # shellcheck disable=SC2086
+  $run_env KVCACHED_BACKEND=cuda KVCACHED_FAKE_DRIVER="$build/fake" "$build/suite/vmm_tests" ${SUITE_ARGS:-}
+}
+
+stage_sanitizer() {
+  if [ -n "$fake" ]; then
+    echo "skipped: there is no compute-sanitizer for a driver that is none"
+    return 77
+  fi
+  local tool="compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9" rc=0
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
+  # Errors that the driver returns are not counted here: tests provoke them, and the library handles them.
+  # shellcheck disable=SC2046
+  KVCACHED_BACKEND=cuda KVCACHED_FAKE_DRIVER="$build/fake" $tool --report-api-errors no \
+    "$build/suite/vmm_tests" $(memory_suites) || rc=1
+  $tool "$build/graphs" --cycles 24 --steps 32 --judge-times 0 || rc=1
+  $tool "$build/soak" --sleeps 20 --grows 100 --size 256M || rc=1
+  return $rc
+}
+
+# "--suite region --suite sleep ...": those suites of the test program that touch memory on a device.
+memory_suites() {
+  KVCACHED_BACKEND=cuda "$build/suite/vmm_tests" --list | cut -d. -f1 | sort -u | while read -r suite; do
+    case $suite in
+      api | backend | gate | prepare | property | region | sleep | threads) printf ' --suite %s' "$suite" ;;
+    esac
+  done
+}
+
+stage_graphs() {
+  local size=""
+  [ -n "$fake" ] && size="--cycles 24 --size 4M --steps 32 --judge-times 0"
+  # shellcheck disable=SC2086
+  $run_env "$build/graphs" $size ${GRAPHS_ARGS:-}
+}
+
+stage_fresh() {
+  local size=""
+  [ -n "$fake" ] && size="--size 64M"
+  # Its processes share the fake card's memory through this file.
+  # shellcheck disable=SC2086
+  FAKE_CUDA_STATE="$build/fake-fresh" $run_env "$build/fresh" $size ${FRESH_ARGS:-}
+}
+
+stage_soak() {
+  local size=""
+  [ -n "$fake" ] && size="--sleeps 12 --grows 60 --size 64M"
+  # shellcheck disable=SC2086
+  $run_env "$build/soak" $size ${SOAK_ARGS:-}
+}
+
+stage_bench() {
+  local size="--check"
+  [ -n "$fake" ] && size="--rounds 2 --steps 1,8 --size 64M --kv-size 16M --sleep-rounds 2 --seconds 0.1 --processes 2"
+  # shellcheck disable=SC2086
+  $run_env "$build/kvcached-bench" --backend cuda $size --json "$out/bench.json" ${BENCH_ARGS:-}
+}
+
+# ---- one stage, with its budget ----
+
+budget() { # seconds
+  case $1 in
+    build) echo 90 ;;
+    suite) echo 150 ;;
+    sanitizer) echo 150 ;;
+    graphs) echo 60 ;;
+    fresh) echo 60 ;;
+    bench) echo 120 ;;
+    soak) echo 280 ;;
+  esac
+}
+
+# In the background it runs as this script again, so that timeout can end it with all its children.
+if [ -n "${KVC_GPU_STAGE:-}" ]; then
+  "stage_$KVC_GPU_STAGE"
+  exit $?
+fi
+
+table=""
+failed=0
+run_stage() {
+  local stage=$1 rc start=$SECONDS left limit word line
+  left=$((total - (SECONDS - began)))
+  limit=$(budget "$stage")
+  [ "$left" -lt "$limit" ] && limit=$left
+  if [ "$limit" -lt 5 ]; then
+    rc=124
+    echo "no time was left for this stage" >"$out/$stage.log"
+  else
+    KVC_GPU_STAGE=$stage BUILD=$build timeout -k 5 "$limit" "$BASH" "$here/run.sh" "$out" >"$out/$stage.log" 2>&1
+    rc=$?
+  fi
+  case $rc in
+    0) word=pass ;;
+    77) word=skip ;;
+    124 | 137) word="TIME" ;;
+    *) word=FAIL ;;
+  esac
+  [ $rc -eq 0 ] || [ $rc -eq 77 ] || failed=1
+  # The last line that says how it ended.
+  line=$(grep -aE '^(ok|FAIL|[a-z0-9-]+: [0-9]+ passed|skipped|[0-9]+ of [0-9]+ bounds)' "$out/$stage.log" | tail -n 1)
+  [ "$stage" = sanitizer ] && line=$(grep -a 'ERROR SUMMARY' "$out/$stage.log" | sed 's/^=* *//' | sort | uniq -c |
+    sed 's/^ *\([0-9]*\) /\1 x /' | paste -sd ';' -)
+  table="$table$(printf '%-10s %-5s %4d s of %4d  %s' "$stage" "$word" $((SECONDS - start)) "$limit" "${line:0:110}")
+"
+  echo "== $stage: $word (exit $rc, $((SECONDS - start)) s), log $out/$stage.log"
+  [ "$word" = pass ] || tail -n 40 "$out/$stage.log"
+}
+
+case " $stages " in
+  *" build "*) ;;
+  *) [ -e "$build/done" ] || stages="build $stages" ;;
+esac
+for stage in $all_stages; do
+  case " $stages " in *" $stage "*) run_stage "$stage" ;; esac
+done
+
+echo
+[ -z "$fake" ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+printf '%-10s %-5s %s\n%s' stage "" "time of budget" "$table"
+[ $failed -eq 0 ] && echo "all passed in $((SECONDS - began)) s" || echo "not all passed; $((SECONDS - began)) s"
+exit $failed
