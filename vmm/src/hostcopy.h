@@ -44,9 +44,9 @@ typedef struct kvc_hostcopy {
                 */
   int valid; /* the chunks hold the content of all runs. While pages sleep that is all ENSURED and ASLEEP ones
               */
-  int wanted; /* prepare_sleep was called since the content last changed: it is complete, and may be copied
-                 ahead */
-  int zero;  /* sleeping pages read as zero when they wake, whatever the kind: the region was cleared */
+  int wanted;   /* prepare_sleep was called since the content last changed: it is complete, and may be copied
+                   ahead */
+  int zero;     /* sleeping pages read as zero when they wake, whatever the kind: the region was cleared */
   size_t mark;  /* chunks there were before the sleep under way */
   int mixed;    /* some pages slept already before the sleep under way */
   int uncopied; /* the sleep under way does without a copy: the reload function restores the content */

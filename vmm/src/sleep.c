@@ -60,7 +60,12 @@ static int provide_all(struct kvcached_ctx *ctx, unsigned kinds) {
       if (!has_kind(r, kinds) || !needs_copy(r) || can_reload(r) != reloadable) continue;
       int err = provide(r, kinds);
       if (!err) continue;
-      if (!reloadable) return err;
+      if (!reloadable) {
+        kvc_detail d = kvc_detail_keep();
+        return kvc_fail(err, "no host copy of %zu bytes of %s, so nothing sleeps: %.800s; raise host_limit%s",
+                        kvc_hostcopy_need(r), r->kind == KVCACHED_KV ? "KV" : "weights", d.text,
+                        r->kind == KVCACHED_KV ? "" : " or set a reload function");
+      }
       kvc_log(ctx, KVCACHED_LOG_INFO, "no host copy of %zu bytes of weights, they will be reloaded: %s",
               kvc_hostcopy_need(r), kvcached_last_error());
       r->copy.uncopied = 1;
@@ -82,8 +87,10 @@ static int copy_all(struct kvcached_ctx *ctx, unsigned kinds) {
   kvc_detail d = kvc_detail_keep();
   int e =
       kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER); /* also after a failure: before chunks are freed */
-  if (err) return kvc_detail_again(err, &d);
-  if (e) return e;
+  if (!err && e) d = kvc_detail_keep();
+  if (e && kvc_quiesce(ctx)) /* copies may still arrive there: the chunks are not freed */
+    for (struct kvcached_region *r = ctx->regions; r; r = r->next) r->copy.mark = r->copy.n;
+  if (err || e) return kvc_detail_again(err ? err : e, &d);
   for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
     if (!has_kind(r, kinds) || !needs_copy(r) || r->copy.uncopied) continue;
     r->copy.done = r->copy.used;
@@ -275,10 +282,10 @@ static int copy_piece(struct kvcached_region *r) {
   err = kvc_hostcopy_read(r, KVC_LANE_HELPER, from, end);
   kvc_detail d = kvc_detail_keep();
   int e = kvc_call(ctx)->finish(ctx->device, KVC_LANE_HELPER);
-  if (err)
-    (void)kvc_detail_again(err, &d);
-  else
-    err = e;
+  if (!err && e) d = kvc_detail_keep();
+  if (e) (void)kvc_quiesce(ctx); /* copies may still be under way */
+  if (!err) err = e;
+  if (err) (void)kvc_detail_again(err, &d);
   (void)pthread_mutex_lock(&ctx->mutex);
   c->reading = 0;
   ctx->worker_region = NULL;

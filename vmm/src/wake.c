@@ -10,7 +10,7 @@
 #include <inttypes.h>
 
 /* Bytes mapped at a time: little enough that the bus starts early, much enough that it never runs dry. */
-#define BATCH ((size_t)512 << 20)
+#define BATCH ((size_t)64 << 20)
 
 /* ---- reload functions ---- */
 
@@ -47,13 +47,14 @@ void kvc_count_asleep(struct kvcached_ctx *ctx) {
   atomic_store(&ctx->asleep, n);
 }
 
-/* Pages of a state go back to sleep; the bytes they give back are added to *held. */
-static void put_back(struct kvcached_region *r, uint8_t state, uint64_t *held) {
+/* Pages of a state go back to sleep; the bytes they give back are added to *held. Unless the device is idle
+   their memory is not taken: what may still run there would fault. */
+static void put_back(struct kvcached_region *r, uint8_t state, int idle, uint64_t *held) {
   for (size_t i = 0, n; i < r->pages.top; i += n) {
     n = kvc_pages_run(&r->pages, i, r->pages.top);
     if (r->pages.state[i] != state) continue;
     uint64_t freed;
-    if (kvc_empty(r, i, n, KVC_ASLEEP, 0, &freed) == KVCACHED_OK) {
+    if (idle && kvc_empty(r, i, n, KVC_ASLEEP, 0, &freed) == KVCACHED_OK) {
       *held += freed;
       continue;
     }
@@ -94,11 +95,12 @@ int kvc_refill(struct kvcached_region *r, uint64_t *held) {
                     " bytes of weights sleep without a host copy, and their reload function was"
                     " taken back: set it again",
                     kvc_state_bytes(r, KVC_ASLEEP));
-  int err = fill_batches(r, copied, held);
+  int err = fill_batches(r, copied, held), idle = 1;
   if (copied) {
     /* Whatever happened: chunks and pages are not touched by anybody else while copies are under way. */
     kvc_detail d = kvc_detail_keep();
     int e = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
+    if (e) idle = kvc_quiesce(ctx) == KVCACHED_OK;
     if (err)
       (void)kvc_detail_again(err, &d);
     else
@@ -106,7 +108,7 @@ int kvc_refill(struct kvcached_region *r, uint64_t *held) {
   }
   if (err) {
     kvc_detail d = kvc_detail_keep();
-    put_back(r, KVC_WAKING, held);
+    put_back(r, KVC_WAKING, idle, held);
     return kvc_detail_again(err, &d);
   }
   for (size_t i = 0, n; i < r->pages.top; i += n) {
@@ -118,7 +120,7 @@ int kvc_refill(struct kvcached_region *r, uint64_t *held) {
     if (err) {
       /* All of them, those too that were awake: the function restores the whole region the next time. */
       kvc_detail d = kvc_detail_keep();
-      put_back(r, KVC_ENSURED, held);
+      put_back(r, KVC_ENSURED, kvc_quiesce(ctx) == KVCACHED_OK, held); /* it may have launched work */
       return kvc_detail_again(err, &d);
     }
   }
