@@ -254,20 +254,20 @@ static void probe_streams(void) {
   printf("%s %s\n", kvcached_err_name(err), kvcached_last_error());
 }
 
-/* Takes memory, says how much is left, and keeps it until its input ends. */
+/* Takes memory, says how much is left, then again for each byte of its input; gives it back at its end. */
 static void probe_hold(void) {
   kvc_device *d = probe_open();
   uint64_t free_bytes, total;
   kvc_handle h = 0;
   size_t size = strtoull(getenv("PROBE_HOLD"), NULL, 0);
   int err = b->create(d, size, &h);
-  CHECK_OK(b->memory(d, &free_bytes, &total));
-  printf("%s %llu of %llu\n", kvcached_err_name(err), (unsigned long long)free_bytes,
-         (unsigned long long)total);
-  fflush(stdout);
   char c;
-  while (read(0, &c, 1) > 0) {
-  }
+  do {
+    CHECK_OK(b->memory(d, &free_bytes, &total));
+    printf("%s %llu of %llu\n", kvcached_err_name(err), (unsigned long long)free_bytes,
+           (unsigned long long)total);
+    fflush(stdout);
+  } while (read(0, &c, 1) > 0);
   if (!err) CHECK_OK(b->destroy(d, size, h));
   b->close(d);
 }

@@ -153,7 +153,10 @@ TEST(backend, addresses_are_aligned) {
     CHECK_OK(t.b->reserve(t.d, 7 * t.page, align, &s[i]));
     CHECK_EQ((uintptr_t)s[i].base % align, 0);
     CHECK_EQ(s[i].size, 7 * t.page);
-    for (size_t k = 0; k < i; k++) { /* apart, with a gap that faults behind each */
+    CHECK((char *)s[i].base >= (char *)s[i].raw);
+    CHECK((char *)s[i].base + s[i].size <
+          (char *)s[i].raw + s[i].raw_size); /* what lies behind is ours too */
+    for (size_t k = 0; k < i; k++) {         /* apart, with a gap that faults behind each */
       char *a = s[i].base, *b = s[k].base;
       CHECK(a + s[i].size < b || b + s[k].size < a);
     }

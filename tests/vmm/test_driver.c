@@ -250,22 +250,33 @@ TEST_HOST(driver, fake_tells_leaks) {
   CHECK_EQ(ask("open", ""), 0);
 }
 
+static void hears(int fd, const char *line) {
+  char got[80] = "";
+  CHECK(read(fd, got, sizeof(got) - 1) > 0);
+  CHECK_TEXT(got, line);
+}
+
 TEST_HOST(driver, fake_card_is_shared) {
-  char settings[600];
+  char settings[600], small[600];
+  const char *card = scratch("card");
   snprintf(settings, sizeof(settings), "FAKE_CUDA_STATE=%s FAKE_CUDA_MEMORY=67108864 PROBE_HOLD=41943040",
-           scratch("card"));
+           card);
+  snprintf(small, sizeof(small), "FAKE_CUDA_STATE=%s FAKE_CUDA_MEMORY=67108864 PROBE_HOLD=2097152", card);
   pid_t holder = start_probe("hold", settings, fake_folder());
   int holder_in = in_fd, holder_out = out_fd;
-  char line[80] = "";
-  CHECK(read(holder_out, line, sizeof(line) - 1) > 0);
-  CHECK_TEXT(line, "KVCACHED_OK 25165824 of 67108864\n");
+  hears(holder_out, "KVCACHED_OK 25165824 of 67108864\n");
   CHECK_EQ(ask("hold", settings), 0);
   CHECK_TEXT(answer, "KVCACHED_E_NOMEM 25165824 of 67108864\n");
+  pid_t other = start_probe("hold", small, fake_folder());
+  hears(out_fd, "KVCACHED_OK 23068672 of 67108864\n");
   CHECK(kill(holder, SIGKILL) == 0); /* and what it had is free again */
   int status;
   CHECK(waitpid(holder, &status, 0) == holder);
   close(holder_in);
   close(holder_out);
+  CHECK(write(in_fd, "?", 1) == 1);
+  hears(out_fd, "KVCACHED_OK 65011712 of 67108864\n");
+  CHECK_EQ(end_probe(other), 0);
   CHECK_EQ(ask("hold", settings), 0);
   CHECK_TEXT(answer, "KVCACHED_OK 25165824 of 67108864\n");
 }
