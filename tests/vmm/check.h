@@ -53,6 +53,9 @@ void test_register(test_case *test);
   } while (0)
 void test_skip(const char *reason);
 
+/* What a random test is doing, told with a failure: its seed, its step. */
+void test_note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
 /* Says what failed and ends the process. */
 _Noreturn void check_failed(const char *file, int line, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

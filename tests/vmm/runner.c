@@ -49,6 +49,15 @@ const char *test_backend_name(void) { return backends[current ? backend_of(curre
 
 void test_skip(const char *reason) { skipped = reason; }
 
+static char note[400];
+
+void test_note(const char *fmt, ...) {
+  va_list args;
+  va_start(args, fmt);
+  vsnprintf(note, sizeof(note), fmt, args);
+  va_end(args);
+}
+
 void check_failed(const char *file, int line, const char *fmt, ...) {
   char text[2000], detail[2000];
   snprintf(detail, sizeof(detail), "%s", kvcached_last_error());
@@ -59,6 +68,7 @@ void check_failed(const char *file, int line, const char *fmt, ...) {
   fflush(stdout);
   fprintf(stderr, "%s:%d: %s\n  in %s.%s on %s, last error: %s\n", file, line, text,
           current ? current->suite : "?", current ? current->name : "?", test_backend_name(), detail);
+  if (*note) fprintf(stderr, "  %s\n", note);
   fflush(stderr);
   support_clean_up();
   _exit(1); /* no handlers: other threads may still be at work */
@@ -110,6 +120,7 @@ static int64_t clock_ms(void) {
 static int run_one(int i, char *result, size_t size) {
   current = tests[i];
   skipped = NULL;
+  note[0] = 0;
   support_begin();
   int64_t start = clock_ms();
   tests[i]->run();

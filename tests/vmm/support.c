@@ -33,24 +33,27 @@ void support_end(void) {
   if (!on_host()) CHECK_EQ(h.handles, 0); /* on the host a handle is a token that ends with its mapping */
 }
 
-size_t test_page(void) {
-  static size_t of_device;
-  if (strcmp(test_backend_name(), "host") == 0) return 4 * KIB;
-  if (strcmp(test_backend_name(), "host-2m") == 0) return 2 * MIB;
-  if (!of_device) {
-    kvcached_options_t o;
-    kvcached_ctx_t ctx;
-    kvcached_options_init(&o);
-    o.backend = KVCACHED_BACKEND_CUDA;
-    o.ledger_path = "";
-    CHECK_OK(kvcached_open(&o, &ctx));
-    of_device = kvcached_page_size(ctx);
-    kvcached_shutdown(ctx);
-  }
-  return of_device;
+/* A device that stays open, past the library's back: a GPU's own context then lives as long as the process,
+   and is not made anew with each context of a test. */
+static kvc_device *keeper;
+static pid_t keeper_owner;
+
+static void close_keeper(void) {
+  if (getpid() == keeper_owner) kvc_backend_cuda.close(keeper);
 }
 
-size_t test_large_page(void) { return on_host() ? 4 * test_page() : 16 * test_page(); }
+size_t test_page(void) {
+  if (strcmp(test_backend_name(), "host") == 0) return 4 * KIB;
+  if (strcmp(test_backend_name(), "host-2m") == 0) return 2 * MIB;
+  if (!keeper) {
+    CHECK_OK(kvc_backend_cuda.open(&(kvc_device_options){.ordinal = 0}, &keeper));
+    keeper_owner = getpid();
+    atexit(close_keeper);
+  }
+  return keeper->granularity; /* the smallest there can be */
+}
+
+size_t test_large_page(void) { return 4 * test_page(); }
 
 void test_options(kvcached_options_t *o) {
   kvcached_options_init(o);

@@ -1,0 +1,373 @@
+/*
+ * Random calls against a model: for each page whether it is in use and what it holds, for each region whether
+ * it sleeps. From that alone follows what every call must return, since idle memory never stands in anybody's
+ * way. Each run has a seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and
+ * KVCACHED_TEST_ROUNDS makes for more of them.
+ */
+#include "context.h"
+#include "support.h"
+
+enum { REGIONS = 6, MAX_PAGES = 40, CAPACITY = 90, STEPS = 300 };
+
+typedef struct model_region {
+  kvcached_region_t r; /* NULL: there is none */
+  void *allocated;     /* what kvcached_alloc returned */
+  int kind, asleep;
+  size_t n, unit;
+  int tag[MAX_PAGES]; /* content of a page in use; -1: not in use */
+} model_region;
+
+typedef struct model {
+  kvcached_ctx_t ctx;
+  size_t page;
+  uint64_t limit, host_limit;
+  model_region region[REGIONS];
+  uint32_t seed;
+  unsigned refused, done;
+} model;
+
+static uint32_t pick(model *m, uint32_t n) { return next_random(&m->seed) % n; }
+
+static uint64_t page_bytes(const model_region *q, size_t i) {
+  size_t left = kvcached_region_size(q->r) - i * q->unit;
+  return left < q->unit ? left : q->unit;
+}
+
+static uint64_t bytes_in_use(const model_region *q) {
+  uint64_t sum = 0;
+  for (size_t i = 0; q->r && i < q->n; i++)
+    if (q->tag[i] >= 0) sum += page_bytes(q, i);
+  return sum;
+}
+
+static uint64_t in_use(const model *m) { /* with memory */
+  uint64_t sum = 0;
+  for (int i = 0; i < REGIONS; i++)
+    if (!m->region[i].asleep) sum += bytes_in_use(&m->region[i]);
+  return sum;
+}
+
+static int fits(const model *m, uint64_t more) { return more == 0 || in_use(m) + more <= m->limit; }
+
+static uint64_t held(const model *m) {
+  kvcached_stats_t s = stats_of(m->ctx);
+  return s.mapped + s.pooled;
+}
+
+/* A call that finds room, or does not. Above a limit that was lowered nothing new fits, but pages that are idle
+   have their memory still: a call that needs no more than these works, and then `ok` becomes 1. */
+#define EXPECT(m, call, ok)                                                                        \
+  do {                                                                                             \
+    uint64_t before_ = held(m);                                                                    \
+    int err_ = (call);                                                                             \
+    if (err_ == KVCACHED_OK && !ok && before_ > (m)->limit && held(m) <= before_) ok = 1;          \
+    if (err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                                             \
+      check_failed(__FILE__, __LINE__, "%s returned %s", #call, kvcached_err_name(err_));          \
+    (m)->refused += !ok;                                                                           \
+    (m)->done += ok != 0;                                                                          \
+  } while (0)
+
+static void set_asleep(model_region *q, int asleep) {
+  size_t n = 0;
+  for (size_t i = 0; q->r && i < q->n; i++) n += q->tag[i] >= 0;
+  q->asleep = asleep && n > 0;
+  for (size_t i = 0; q->asleep && q->kind == KVCACHED_SCRATCH && i < q->n; i++)
+    if (q->tag[i] > 0) q->tag[i] = 0;
+}
+
+/* Whether waking these regions works; they are awake then. */
+static int wakes(model *m, unsigned kinds, const model_region *only) {
+  uint64_t more = 0;
+  for (int i = 0; i < REGIONS; i++) {
+    model_region *q = &m->region[i];
+    if (q->asleep && (only ? q == only : (kinds & KVCACHED_KIND_BIT(q->kind)) != 0)) more += bytes_in_use(q);
+  }
+  if (more && !fits(m, more)) return 0;
+  for (int i = 0; i < REGIONS; i++) {
+    model_region *q = &m->region[i];
+    if (only ? q == only : (kinds & KVCACHED_KIND_BIT(q->kind)) != 0) q->asleep = 0;
+  }
+  return 1;
+}
+
+/* Content as its owner would put it there; WEIGHTS may have been copied ahead, so they are written by the
+   library, which then knows. */
+static void set_tag(model *m, model_region *q, size_t i, int tag) {
+  q->tag[i] = tag;
+  if (q->kind != KVCACHED_WEIGHTS) {
+    put_ends(q->r, i, tag);
+    return;
+  }
+  unsigned char ends[64];
+  memset(ends, tag, sizeof(ends));
+  CHECK_OK(kvcached_write(q->r, i * q->unit, ends, sizeof(ends)));
+  CHECK_OK(kvcached_write(q->r, i * q->unit + page_bytes(q, i) - sizeof(ends), ends, sizeof(ends)));
+  (void)m;
+}
+
+static void check_all(model *m) {
+  check_context(m->ctx);
+  for (int k = 0; k < REGIONS; k++) {
+    model_region *q = &m->region[k];
+    CHECK_EQ(q->r ? kvc_sleeps(q->r) : 0, q->asleep);
+    for (size_t i = 0; q->r && i < q->n; i++) {
+      size_t run;
+      int ensured;
+      CHECK_OK(kvcached_mapped_run(q->r, i * q->unit, (size_t)page_bytes(q, i), &run, &ensured));
+      CHECK_EQ(ensured, q->tag[i] >= 0);
+      if (q->tag[i] >= 0 && !q->asleep) CHECK(holds_ends(q->r, i, q->tag[i]));
+    }
+  }
+}
+
+/* ---- the calls ---- */
+
+static void make_region(model *m, model_region *q) {
+  int kind = (int)pick(m, 3);
+  size_t size = (1 + pick(m, MAX_PAGES)) * m->page;
+  *q = (model_region){.kind = kind, .r = reserve(m->ctx, kind, size)};
+  q->unit = kvcached_region_page_size(q->r);
+  q->n = (size + q->unit - 1) / q->unit;
+  for (size_t i = 0; i < MAX_PAGES; i++) q->tag[i] = -1;
+}
+
+static void allocate(model *m, model_region *q) {
+  size_t size = (1 + pick(m, 12)) * m->page - pick(m, 2);
+  size_t whole = (size + m->page - 1) / m->page * m->page;
+  int ok = fits(m, whole);
+  void *p = kvcached_alloc(m->ctx, size);
+  if (!p != !ok) check_failed(__FILE__, __LINE__, "alloc of %zu: %p, but it %s", size, p, ok ? "fits" : "does not fit");
+  m->refused += !ok;
+  if (!p) return;
+  *q = (model_region){.kind = KVCACHED_KV, .r = m->ctx->regions, .allocated = p};
+  CHECK(kvcached_region_base(q->r) == p);
+  q->unit = kvcached_region_page_size(q->r);
+  q->n = (whole + q->unit - 1) / q->unit;
+  for (size_t i = 0; i < q->n; i++) {
+    q->tag[i] = 0;
+    CHECK(holds_ends(q->r, i, 0));
+    set_tag(m, q, i, 1 + (int)pick(m, 255));
+  }
+}
+
+static void end_region(model *m, model_region *q) {
+  if (q->allocated)
+    kvcached_free(m->ctx, q->allocated);
+  else
+    kvcached_unreserve(q->r);
+  *q = (model_region){.r = NULL};
+}
+
+/* A random range of pages; half of the time it begins or ends inside one. */
+typedef struct range {
+  size_t first, n, off, len;
+  size_t whole_first, whole_end; /* pages wholly inside */
+} range;
+
+static range some_pages(model *m, const model_region *q) {
+  range g = {.first = pick(m, (uint32_t)q->n)};
+  g.n = 1 + pick(m, (uint32_t)(q->n - g.first));
+  g.off = g.first * q->unit;
+  size_t end = (g.first + g.n) * q->unit, size = kvcached_region_size(q->r);
+  if (end > size) end = size;
+  g.whole_first = g.first;
+  g.whole_end = g.first + g.n;
+  if (pick(m, 2) == 0) {
+    g.off++;
+    g.whole_first++;
+  }
+  if (pick(m, 2) == 0) {
+    end--;
+    g.whole_end--;
+  }
+  g.len = end - g.off;
+  return g;
+}
+
+static uint64_t missing(const model_region *q, range g) {
+  uint64_t sum = 0;
+  for (size_t i = g.first; i < g.first + g.n; i++)
+    if (q->tag[i] < 0) sum += page_bytes(q, i);
+  return sum;
+}
+
+static void ensure(model *m, model_region *q) {
+  range g = some_pages(m, q);
+  int ok = wakes(m, 0, q) && fits(m, missing(q, g));
+  EXPECT(m, kvcached_ensure(q->r, g.off, g.len), ok);
+  for (size_t i = g.first; i < g.first + g.n && ok; i++) {
+    if (q->tag[i] >= 0) continue;
+    CHECK(holds_ends(q->r, i, 0));
+    set_tag(m, q, i, 1 + (int)pick(m, 255));
+  }
+}
+
+static void release(model *m, model_region *q) {
+  range g = some_pages(m, q);
+  CHECK_OK(kvcached_release(q->r, g.off, g.len));
+  for (size_t i = g.whole_first; i < g.whole_end; i++) q->tag[i] = -1;
+  if (q->asleep) set_asleep(q, 1);
+}
+
+static void write_pages(model *m, model_region *q) {
+  range g = some_pages(m, q);
+  if (g.n > 3) g.n = 3;
+  size_t size = 0;
+  for (size_t i = g.first; i < g.first + g.n; i++) size += (size_t)page_bytes(q, i);
+  int ok = wakes(m, 0, q) && fits(m, missing(q, g)), tag = 1 + (int)pick(m, 255);
+  unsigned char *buf = malloc(size);
+  CHECK(buf != NULL);
+  memset(buf, tag, size);
+  EXPECT(m, kvcached_write(q->r, g.first * q->unit, buf, size), ok);
+  for (size_t i = g.first; i < g.first + g.n && ok; i++) q->tag[i] = tag;
+  free(buf);
+}
+
+static void read_pages(model *m, model_region *q) {
+  range g = some_pages(m, q);
+  unsigned char ends[2][32];
+  int ok = wakes(m, 0, q);
+  for (size_t i = g.first; i < g.first + g.n; i++) {
+    size_t off = i * q->unit, last = off + (size_t)page_bytes(q, i) - 32;
+    int tag = q->tag[i] > 0 ? q->tag[i] : 0;
+    EXPECT(m, kvcached_read(q->r, off, ends[0], 32), ok);
+    if (!ok) return;
+    CHECK_OK(kvcached_read(q->r, last, ends[1], 32));
+    CHECK(all_bytes(ends[0], 32, (unsigned char)tag) && all_bytes(ends[1], 32, (unsigned char)tag));
+  }
+}
+
+static void clear_pages(model *m, model_region *q) {
+  range g = some_pages(m, q);
+  int whole = pick(m, 3) == 0;
+  if (whole) g = (range){.first = 0, .n = q->n, .len = kvcached_region_size(q->r)};
+  if (!whole) { /* the model knows whole pages only */
+    g.off = g.first * q->unit;
+    g.len = 0;
+    for (size_t i = g.first; i < g.first + g.n; i++) g.len += (size_t)page_bytes(q, i);
+    whole = g.len == kvcached_region_size(q->r);
+  }
+  int ok = (whole && q->asleep) || wakes(m, 0, q); /* a whole sleeper need not wake */
+  EXPECT(m, kvcached_clear(q->r, g.off, g.len), ok);
+  for (size_t i = g.first; i < g.first + g.n && ok; i++)
+    if (q->tag[i] >= 0) q->tag[i] = 0;
+}
+
+static void sleep_kinds(model *m) {
+  unsigned kinds = 1 + pick(m, 7);
+  int err = kvcached_sleep(m->ctx, kinds, 1000, NULL);
+  if (err == KVCACHED_E_HOST_LIMIT && m->host_limit != UINT64_MAX) return; /* then nothing has changed */
+  CHECK_OK(err);
+  for (int i = 0; i < REGIONS; i++)
+    if (kinds & KVCACHED_KIND_BIT(m->region[i].kind)) set_asleep(&m->region[i], 1);
+}
+
+static void enter(model *m) {
+  int ok = wakes(m, KVCACHED_ALL_KINDS, NULL);
+  EXPECT(m, kvcached_enter(m->ctx), ok);
+  if (!ok) return;
+  for (int k = 0; k < REGIONS; k++)
+    for (size_t i = 0; m->region[k].r && i < m->region[k].n; i++)
+      if (m->region[k].tag[i] >= 0) CHECK(holds_ends(m->region[k].r, i, m->region[k].tag[i]));
+  CHECK_OK(kvcached_leave(m->ctx));
+}
+
+static void set_limit(model *m) {
+  m->limit = pick(m, 4) ? (CAPACITY / 3 + pick(m, CAPACITY)) * m->page : UINT64_MAX;
+  kvcached_set_limit(m->ctx, m->limit == UINT64_MAX ? SIZE_MAX : (size_t)m->limit);
+  kvcached_stats_t s = stats_of(m->ctx);
+  CHECK_EQ(s.limit, m->limit);
+  uint64_t used = in_use(m);
+  CHECK_LE(s.mapped + s.pooled, used > m->limit ? used : m->limit);
+}
+
+static void step(model *m) {
+  model_region *q = &m->region[pick(m, REGIONS)];
+  size_t freed;
+  if (!q->r) {
+    if (pick(m, 3))
+      make_region(m, q);
+    else
+      allocate(m, q);
+    return;
+  }
+  switch (pick(m, 24)) {
+    case 0:
+    case 1:
+    case 2:
+    case 3:
+    case 4:
+    case 5: ensure(m, q); break;
+    case 6:
+    case 7:
+    case 8: release(m, q); break;
+    case 9:
+    case 10: write_pages(m, q); break;
+    case 11: read_pages(m, q); break;
+    case 12: clear_pages(m, q); break;
+    case 13: {
+      range g = some_pages(m, q);
+      CHECK_OK(kvcached_prepare(q->r, g.off, g.len));
+      break;
+    }
+    case 14:
+    case 15: sleep_kinds(m); break;
+    case 16: {
+      unsigned kinds = 1 + pick(m, 7);
+      int ok = wakes(m, kinds, NULL);
+      EXPECT(m, kvcached_wake(m->ctx, kinds), ok);
+      break;
+    }
+    case 17: enter(m); break;
+    case 18: set_limit(m); break;
+    case 19: CHECK_OK(kvcached_trim_host(m->ctx, (int)pick(m, 2), &freed)); break;
+    case 20: CHECK_OK(kvcached_prepare_sleep(m->ctx, 1 + pick(m, 7))); break;
+    case 21: end_region(m, q); break;
+    default: {
+      size_t keep = pick(m, 30) * m->page;
+      CHECK_OK(kvcached_trim(m->ctx, keep, &freed));
+    }
+  }
+}
+
+static void play(uint32_t seed, const char *ledger, unsigned *refused, unsigned *done) {
+  model m = {.seed = seed * 2654435761u + 1, .page = test_page(), .limit = CAPACITY * test_page()};
+  kvcached_options_t o;
+  test_options(&o);
+  o.limit = m.limit;
+  o.ledger_path = pick(&m, 3) ? ledger : "";
+  o.group = "property";
+  o.pool_limit = pick(&m, 12) * m.page;
+  o.lookahead = 1 + (int)pick(&m, 3);
+  o.host_limit = m.host_limit = pick(&m, 3) ? UINT64_MAX : 40 * m.page;
+  o.room_wait_ms = 50;
+  CHECK_OK(kvcached_open(&o, &m.ctx));
+  uint64_t last = 0;
+  for (int i = 0; i < STEPS; i++) {
+    test_note("KVCACHED_TEST_SEED=%u, step %d", seed, i);
+    step(&m);
+    kvcached_stats_t s = stats_of(m.ctx);
+    CHECK_LE(in_use(&m), s.mapped);
+    CHECK_LE(s.mapped + s.pooled, m.limit > last ? m.limit : last); /* it only grows within the limit */
+    last = s.mapped + s.pooled;
+    CHECK_EQ(s.limit_failures, m.refused);
+    if (i % 40 == 39) check_all(&m);
+  }
+  m.limit = UINT64_MAX;
+  kvcached_set_limit(m.ctx, SIZE_MAX);
+  enter(&m);
+  check_all(&m);
+  *refused += m.refused;
+  *done += m.done;
+  kvcached_shutdown(m.ctx);
+}
+
+TEST(property, random_calls) {
+  const char *ledger = scratch("ledger");
+  uint32_t seed = first_seed(1);
+  unsigned refused = 0, done = 0, n = rounds(on_host() ? 30 : 12);
+  for (unsigned i = 0; i < n; i++) play(seed + i, ledger, &refused, &done);
+  CHECK_EQ(live_slots(ledger), 0);
+  if (n > 4) CHECK_LE(n, refused); /* else the limit has not been tried */
+  CHECK_LE(n * 50, done);
+}
