@@ -65,8 +65,10 @@ static int write_reloading(struct kvcached_region *r, size_t off, const void *sr
   return write_now(r, off, src, len);
 }
 
-/* After a write that failed: pages that it was the first to ensure are so no longer. */
-static void unensure(struct kvcached_region *r, size_t first, size_t end, const uint8_t *before) {
+/* After a write that failed: pages that it was the first to ensure are so no longer. The pool gets back what
+   it had, `pooled` bytes. */
+static void unensure(struct kvcached_region *r, size_t first, size_t end, const uint8_t *before,
+                     uint64_t pooled) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_detail d = kvc_detail_keep();
   size_t n, changed = 0;
@@ -75,8 +77,8 @@ static void unensure(struct kvcached_region *r, size_t first, size_t end, const 
     for (n = 1; i + n < end && before[i + n - first] == was;) n++;
     if (was == KVC_ENSURED) continue;
     changed += n;
-    uint64_t freed;
-    if (was == KVC_UNMAPPED && kvc_empty(r, i, n, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK)
+    uint64_t freed, now = kvc_pool_bytes(ctx), to_pool = pooled > now ? pooled - now : 0;
+    if (was == KVC_UNMAPPED && kvc_empty(r, i, n, KVC_UNMAPPED, to_pool, &freed) == KVCACHED_OK)
       kvc_unclaim(ctx, freed);
     else
       kvc_pages_set(&r->pages, i, n, KVC_IDLE); /* there is something in them now */
@@ -99,13 +101,14 @@ int kvcached_write(kvcached_region_t r, size_t off, const void *src, size_t len)
   uint8_t few[64], *before = end - first <= sizeof(few) ? few : malloc(end - first);
   if (!before) return kvc_fail(KVCACHED_E_NOMEM, "no memory for the states of %zu pages", end - first);
   (void)pthread_mutex_lock(&ctx->mutex);
+  uint64_t pooled = kvc_pool_bytes(ctx);
   /* Waiting for the helper lets go of the mutex: what was ensured may sleep again, or be released. */
   while (!(err = kvc_note_limit(r, kvc_ensure_noting(r, first, end, before))) && r->copy.reading)
     kvc_wait_worker(r);
   if (!err) {
     kvc_hostcopy_invalidate(r);
     err = write_now(r, off, src, len);
-    if (err) unensure(r, first, end, before);
+    if (err) unensure(r, first, end, before, pooled);
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   if (before != few) free(before);
