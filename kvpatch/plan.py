@@ -235,7 +235,7 @@ def _check(request: Request) -> None:
         if backend not in BACKENDS:
             raise UsageError(
                 f"backend {backend!r} cannot be built by this version of kvpatch; it builds: {', '.join(BACKENDS)}",
-                hint="libkvcached has no CUDA pages yet, so a CUDA build would not be elastic",
+                hint="the hooks do not use libkvcached's CUDA pages yet, so a CUDA build would not be elastic",
             )
     output.check_replaceable(request.out.expanduser().absolute())
     if request.jobs is not None and request.jobs < 1:
