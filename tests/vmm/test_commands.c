@@ -85,10 +85,12 @@ TEST_HOST(commands, answered) {
   CHECK_IS(kvcached_ledger_command(l, a.user.slot, KVCACHED_CMD_SLEEP, 5000, &freed), KVCACHED_E_BUSY);
   CHECK_EQ(freed, 1002 * UNIT); /* also where it says no */
   CHECK_DETAIL("answered to sleep");
+  int64_t start = now_ms();
   for (unsigned i = 3; i < 200; i++) {
     CHECK_OK(kvcached_ledger_command(l, a.user.slot, KVCACHED_CMD_TRIM, 5000, &freed));
     CHECK_EQ(freed, (1000 + i) * UNIT);
   }
+  CHECK_LE(now_ms() - start, 5000); /* the mailbox is free as soon as an answer was read */
   answerer_stop(&a);
   kvcached_ledger_close(l);
 }

@@ -235,8 +235,7 @@ TEST_SYSTEM(files, no_space) {
   pid_t pid = fork();
   CHECK(pid >= 0);
   if (pid == 0) {
-    if (!enter_namespaces(CLONE_NEWNS) ||
-        mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+    if (!enter_namespaces(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
         mount("tmpfs", dir, "tmpfs", 0, "size=16k,mode=0700") != 0)
       _exit(77);
     char path[600];
@@ -250,8 +249,7 @@ TEST_SYSTEM(files, no_space) {
   }
   int status;
   CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status));
-  if (WEXITSTATUS(status) == 77)
-    SKIP("no file systems can be mounted here");
+  if (WEXITSTATUS(status) == 77) SKIP("no file systems can be mounted here");
   CHECK_EQ(WEXITSTATUS(status), 0);
 }
 
@@ -294,7 +292,8 @@ TEST_HOST(files, mapping_holds_no_lock) {
   CHECK_EQ(WEXITSTATUS(status), 0);
 }
 
-/* A child opens the ledger by its path: once that names another file, or none, it would not find its lease. */
+/* A child opens the ledger by its path: once that names another file, or none, it would not find its lease.
+ */
 TEST_HOST(files, lease_needs_the_file_at_its_path) {
   const char *path = scratch("deleted"), *aside = scratch("aside");
   kvcached_ledger_t l;

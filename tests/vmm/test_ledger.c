@@ -1,5 +1,6 @@
 /* Leases, slots and claims. Most tests here are one process: two handles of it exclude each other as two
    processes do. */
+#include "ledger_impl.h"
 #include "ledger_kit.h"
 
 #include <pthread.h>
@@ -249,7 +250,7 @@ TEST_HOST(ledger, older_claim_of_a_stopped_process) {
   atomic_store(&m->ticket, 1000);
   announce(m, it.slot, KVC_DEVICE, 1, KVC_ASK_ANNOUNCED, 6 * UNIT);
   CHECK_IS(user_claim(me, 6 * UNIT, 10 * UNIT, 0), KVCACHED_E_LIMIT); /* no time to wait */
-  CHECK_OK(user_claim(me, 4 * UNIT, 10 * UNIT, 0));                  /* beside it, at once */
+  CHECK_OK(user_claim(me, 4 * UNIT, 10 * UNIT, 0));                   /* beside it, at once */
   user_unclaim(me, 4 * UNIT);
   int64_t start = now_ms();
   CHECK_OK(user_claim(me, 6 * UNIT, 10 * UNIT, 600));
@@ -392,8 +393,58 @@ TEST_HOST(ledger, lease_left) {
   CHECK_OK(kvc_ledger_account(child, slot, 100, &a));
   CHECK_EQ(a.lease_left, 0);
   CHECK_EQ(a.group_charge, 140);
+  CHECK_OK(kvc_ledger_claim(child, slot, KVC_CLAIM_HOST, 60, 200, 0, &s));
+  kvcached_ledger_close(child); /* as if killed: nothing was given back */
+  kvcached_slot_t left = slot_in(path, slot);
+  CHECK(left.charge == 100 && left.claim == 0 && left.host_bytes == 0 && left.leased && !left.attached);
+  child = open_ledger(path);
+  CHECK_OK(kvc_ledger_attach(child, slot, NULL, NULL, group));
+  left = slot_in(path, slot);
+  CHECK(left.charge == 100 && left.claim == 0 && left.host_bytes == 0 && left.attached);
   kvcached_ledger_close(child);
   kvcached_ledger_close(parent);
+}
+
+typedef struct leasing {
+  kvcached_ledger_t ledger;
+  int err, slot;
+} leasing;
+
+static void *lease_six(void *arg) {
+  leasing *x = arg;
+  x->err = kvcached_ledger_lease(x->ledger, "g", "m", 6, 0, 10, &x->slot);
+  return NULL;
+}
+
+/* A lease that waits holds up neither other threads of its handle nor other leases; and nobody ends it. */
+TEST_HOST(ledger, lease_under_way) {
+  const char *path = scratch("under-way");
+  user it = user_take(path, "g");
+  kvc_ledger_map *m = map_ledger(path);
+  leasing x = {.ledger = open_ledger(path)};
+  pthread_t thread;
+  atomic_store(&m->ticket, 1000);
+  announce(m, it.slot, KVC_DEVICE, 1, KVC_ASK_ANNOUNCED, 6); /* it waits for this one, half a second */
+  int64_t start = now_ms();
+  CHECK(pthread_create(&thread, NULL, lease_six, &x) == 0);
+  WAIT_FOR(live_slots(path) == 2);
+  CHECK_IS(kvcached_ledger_unlease(x.ledger, 1), KVCACHED_E_SLOT);
+  int slot;
+  CHECK_OK(kvcached_ledger_lease(x.ledger, "h", "m", 6, 0, 10, &slot));
+  CHECK_OK(kvcached_ledger_unlease(x.ledger, slot));
+  CHECK_LE(now_ms() - start, 450);
+  kvc_slot_view seen; /* somebody who sums looks at the slot, and is interrupted before asking who holds it */
+  CHECK(kvc_slot_peek(it.ledger, 1, &seen) && seen.lease == 0);
+  pthread_join(thread, NULL);
+  CHECK_OK(x.err);
+  CHECK_OK(kvc_slot_confirm(it.ledger, 1, &seen));
+  CHECK_EQ(kvc_slot_charge(&seen, 0), 6); /* not overlooked, though it was announced, and is not any more */
+  CHECK_EQ(x.slot, 1);
+  CHECK(slot_in(path, 1).leased && slot_in(path, 1).charge == 6);
+  CHECK_OK(kvcached_ledger_unlease(x.ledger, 1));
+  kvcached_ledger_close(x.ledger);
+  user_end(&it);
+  unmap_ledger(m);
 }
 
 /* ---- what is shown, and whom to ask for room ---- */
@@ -509,10 +560,36 @@ TEST_HOST(ledger, victims) {
 typedef struct arena {
   _Atomic uint64_t held, claims;
   _Atomic int stop;
+  int counts; /* 0: whoever is killed leaves `held` as it is, so it says nothing */
   char path[400];
 } arena;
 
 enum { CROWD = 6, LIMIT = 20 };
+
+static void count_held(arena *a, uint64_t bytes) {
+  atomic_fetch_add(&a->claims, 1);
+  if (!a->counts) return;
+  CHECK_LE(atomic_fetch_add(&a->held, bytes) + bytes, LIMIT * UNIT);
+  atomic_fetch_sub(&a->held, bytes);
+}
+
+/* A parent that sets memory aside and gives it up again. */
+static void lease_and_drop(void *arg) {
+  arena *a = arg;
+  kvcached_ledger_t l = open_ledger(a->path);
+  uint32_t seed = (uint32_t)getpid() * 2654435761u | 1;
+  while (!atomic_load(&a->stop)) {
+    uint64_t bytes = (1 + next_random(&seed) % 14) * (uint64_t)UNIT;
+    int slot, err = kvcached_ledger_lease(l, "g", "m", bytes, 0, LIMIT * UNIT, &slot);
+    if (err == KVCACHED_OK) {
+      count_held(a, bytes);
+      CHECK_OK(kvcached_ledger_unlease(l, slot));
+    } else {
+      CHECK_IS(err, KVCACHED_E_LIMIT);
+    }
+  }
+  kvcached_ledger_close(l);
+}
 
 static void claim_and_drop(void *arg) {
   arena *a = arg;
@@ -523,9 +600,7 @@ static void claim_and_drop(void *arg) {
     uint64_t bytes = (1 + next_random(&seed) % 14) * (uint64_t)UNIT;
     int err = kvc_ledger_claim(u.ledger, u.slot, KVC_CLAIM_PAGES, bytes, LIMIT * UNIT, 200, &s);
     if (err == KVCACHED_OK) {
-      CHECK_LE(atomic_fetch_add(&a->held, bytes) + bytes, LIMIT * UNIT);
-      atomic_fetch_add(&a->claims, 1);
-      atomic_fetch_sub(&a->held, bytes);
+      count_held(a, bytes);
       user_unclaim(u, bytes);
     } else {
       CHECK_IS(err, KVCACHED_E_LIMIT);
@@ -539,11 +614,12 @@ static void claim_and_drop(void *arg) {
 TEST_HOST(ledger, crowd_with_stops) {
   arena *a = shared_memory(sizeof(*a));
   snprintf(a->path, sizeof(a->path), "%s", scratch("stops"));
+  a->counts = 1;
   user me = user_take(a->path, "g");
   pid_t pid[CROWD];
   uint32_t seed = first_seed(7);
-  for (int i = 0; i < CROWD; i++) pid[i] = child_start(claim_and_drop, a);
-  WAIT_FOR(live_slots(a->path) == CROWD + 1);
+  for (int i = 0; i < CROWD; i++) pid[i] = child_start(i % 3 ? claim_and_drop : lease_and_drop, a);
+  WAIT_FOR(atomic_load(&a->claims) > 2 * CROWD);
   for (unsigned round = 0; round < rounds(40); round++) {
     pid_t who = pid[next_random(&seed) % CROWD];
     CHECK(kill(who, SIGSTOP) == 0);
@@ -577,10 +653,9 @@ TEST_HOST(ledger, crowd_with_kills) {
   user me = user_take(a->path, "g");
   for (unsigned round = 0; round < rounds(15); round++) {
     pid_t pid[CROWD];
-    for (int i = 0; i < CROWD; i++) pid[i] = child_start(claim_and_drop, a);
+    for (int i = 0; i < CROWD; i++) pid[i] = child_start(i % 3 ? claim_and_drop : lease_and_drop, a);
     sleep_ms(next_random(&seed) % 12);
     for (int i = 0; i < CROWD; i++) child_kill(pid[i]);
-    atomic_store(&a->held, 0);
     CHECK_EQ(live_slots(a->path), 1);
     CHECK_OK(user_claim(me, LIMIT * UNIT, LIMIT * UNIT, 0));
     user_unclaim(me, LIMIT * UNIT);

@@ -248,17 +248,19 @@ TEST_HOST(limits, setting_withdraws_announcements) {
 
 /* ---- races ---- */
 
-enum { SETTERS = 4 };
+enum { SETTERS = 4, SETTINGS = 1000 };
 
 typedef struct setter {
   kvcached_ledger_t ledger;
   const char *group;
   unsigned seed, applied;
+  _Atomic int *go;
 } setter;
 
 static void *set_often(void *arg) {
   setter *s = arg;
-  for (unsigned i = 0; i < 100; i++) {
+  while (!atomic_load(s->go)) sched_yield();
+  for (unsigned i = 0; i < SETTINGS; i++) {
     uint64_t bytes = (1 + next_random(&s->seed) % 1000) * (uint64_t)UNIT;
     s->applied += set(s->ledger, s->group, bytes, 0).result == KVCACHED_LIMIT_APPLIED;
   }
@@ -271,17 +273,19 @@ static void race_of_threads(const char *path, const char *group) {
   setter s[SETTERS];
   pthread_t t[SETTERS];
   unsigned applied = 0;
+  _Atomic int go = 0;
   for (unsigned i = 0; i < SETTERS; i++) {
-    s[i] = (setter){open_ledger(path), group, i + 1, 0};
+    s[i] = (setter){open_ledger(path), group, i + 1, 0, &go};
     CHECK(pthread_create(&t[i], NULL, set_often, &s[i]) == 0);
   }
+  atomic_store(&go, 1);
   for (int i = 0; i < SETTERS; i++) {
     pthread_join(t[i], NULL);
     applied += s[i].applied;
     kvcached_ledger_close(s[i].ledger);
   }
   CHECK_LE(applied, get(first.ledger, group).revision);
-  CHECK_EQ(get(first.ledger, group).revision, SETTERS * 100);
+  CHECK_EQ(get(first.ledger, group).revision, SETTERS * SETTINGS);
   user_end(&first);
   user_end(&second);
 }
@@ -289,7 +293,7 @@ static void race_of_threads(const char *path, const char *group) {
 TEST_HOST(limits, race_of_threads_for_a_group) { race_of_threads(scratch("race-group"), "g"); }
 TEST_HOST(limits, race_of_threads_for_the_card) { race_of_threads(scratch("race-card"), NULL); }
 
-enum { RACE_ROUNDS = 60 };
+enum { RACE_ROUNDS = 200 };
 typedef struct arena {
   _Atomic unsigned ready, round, won[RACE_ROUNDS], lost[RACE_ROUNDS];
   _Atomic uint64_t bytes[RACE_ROUNDS];
