@@ -115,10 +115,41 @@ static memory *memory_of(cu_handle handle) {
   return &memories[i];
 }
 
+/* Parts of the file that were a handle's: the next of that size uses them again, which costs the system less
+   than new pages. */
+enum { SPARES = 64, SPARE_BYTES = 64 << 20 };
+static struct {
+  off_t at;
+  size_t size;
+} spare[SPARES];
+static size_t n_spare, spare_bytes;
+
+static off_t take_part(size_t size) {
+  for (size_t i = n_spare; i-- > 0;) {
+    if (spare[i].size != size) continue;
+    off_t at = spare[i].at;
+    spare[i] = spare[--n_spare];
+    spare_bytes -= size;
+    return at;
+  }
+  card_end += (off_t)size;
+  return card_end - (off_t)size;
+}
+
+static void give_part(off_t at, size_t size) {
+  if (n_spare < SPARES && spare_bytes + size <= SPARE_BYTES) {
+    spare[n_spare].at = at;
+    spare[n_spare++].size = size;
+    spare_bytes += size;
+  } else {
+    (void)fallocate(card_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)size);
+  }
+}
+
 /* Handles are ended when they are released and mapped nowhere. */
 static void end_memory(memory *m) {
   if (!m->released || m->mappings) return;
-  (void)fallocate(card_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, m->at, (off_t)m->size);
+  give_part(m->at, m->size);
   fake_card_give(m->device, m->size);
   m->size = 0;
   held_memories--;
@@ -164,8 +195,8 @@ cu_result cuMemCreate(cu_handle *out, size_t size, const cu_allocation_prop *pro
   }
   NEED(fake_card_take(prop->location.id, size), CU_OUT_OF_MEMORY);
   memory *m = &memories[i];
-  *m = (memory){.size = size, .at = card_end, .device = prop->location.id, .generation = m->generation + 1};
-  card_end += (off_t)size;
+  *m = (memory){
+      .size = size, .at = take_part(size), .device = prop->location.id, .generation = m->generation + 1};
   held_memories++;
   if (!fill(m->at, size)) {
     m->released = 1;
