@@ -173,12 +173,13 @@ void kvc_gate_unlock(kvc_gate *gate) {
 /* ---- the public face ---- */
 
 /* Tells the ledger how many are inside. Threads that come and go at once may tell it in another order than
-   they came; whoever sees that the number has changed meanwhile tells it again, so the last word is right. */
+   they came; whoever sees that the number has changed meanwhile tells it again, so the last word is right.
+   The look is a step that changes nothing, because a plain one might come before what is told has arrived. */
 static void mark(struct kvcached_ctx *ctx, uint32_t inside) {
   if (!ctx->ledger) return;
   for (;;) {
     kvc_ledger_mark_inside(ctx->ledger, ctx->slot, inside);
-    uint32_t now = atomic_load(&ctx->gate.state) & ~ALONE;
+    uint32_t now = atomic_fetch_add(&ctx->gate.state, 0) & ~ALONE;
     if (now == inside) return;
     inside = now;
   }
