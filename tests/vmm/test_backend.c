@@ -332,7 +332,6 @@ TEST_CUDA(backend, refusals) {
   CHECK_IS(t.b->read(t.d, KVC_LANE_CALLER, &s, 5 * t.page, buf, t.page), KVCACHED_E_DEVICE); /* a hole */
   CHECK_DETAIL("CUDA_ERROR_INVALID_VALUE");
   CHECK_IS(t.b->zero(t.d, KVC_LANE_CALLER, &s, 5 * t.page, t.page), KVCACHED_E_DEVICE);
-  CHECK_IS(t.b->access(t.d, &s, 0, 4 * t.page), KVCACHED_E_DEVICE); /* a hole in it */
   CHECK_OK(t.b->create(t.d, 2 * t.page, &more));
   CHECK_IS(t.b->map(t.d, &s, 0, 2 * t.page, more), KVCACHED_E_DEVICE);           /* there is something */
   CHECK_IS(t.b->map(t.d, &s, 5 * t.page, t.page, more), KVCACHED_E_UNSUPPORTED); /* a part of it */

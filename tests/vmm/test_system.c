@@ -70,13 +70,25 @@ static size_t use_up_mappings(size_t left, void **filler, size_t *size) {
   return max;
 }
 
+/* Where the kernel's limit on mappings is out of reach, no number of holes is refused. */
+static void any_number_of_holes(size_t page, size_t n) {
+  kvcached_ctx_t ctx = open_alone(page, UINT64_MAX);
+  kvcached_region_t r = reserve(ctx, KVCACHED_KV, n * page);
+  for (size_t i = 0; i < n; i += 2) CHECK_OK(kvcached_ensure(r, i * page, page));
+  CHECK_EQ(mappings(kvcached_region_base(r), n * page), n);
+  check_region(r);
+  kvcached_shutdown(ctx);
+}
+
 /* The kernel's own limit on mappings, for real. */
 TEST_HOST(system, out_of_mappings) {
   void *filler;
   size_t filler_size;
   const size_t page = 4096, n = 12000;
-  if (use_up_mappings(6000, &filler, &filler_size) == 0)
-    SKIP("vm.max_map_count is too large to be reached in a moment");
+  if (use_up_mappings(6000, &filler, &filler_size) == 0) {
+    any_number_of_holes(page, n);
+    return;
+  }
   kvcached_ctx_t ctx = open_alone(page, UINT64_MAX);
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, n * page);
   char *base = kvcached_region_base(r);
