@@ -13,12 +13,16 @@ static size_t part(const struct kvcached_region *r, size_t first, size_t n, size
   return (stop < end ? stop : end) - *at;
 }
 
-/* Ends what was queued, whatever came before: the caller's memory is not to be touched after. */
-static int finish(struct kvcached_ctx *ctx, int err) {
-  kvc_detail d = {{0}};
-  if (err) d = kvc_detail_keep();
-  int late = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
-  return err ? kvc_detail_again(err, &d) : late;
+/* Ends what was queued, whatever came before: the caller's memory is not to be touched after. *settled: it
+   has ended. */
+static int finish(struct kvcached_ctx *ctx, int err, int *settled) {
+  *settled = 1;
+  if (!err) {
+    err = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
+    if (!err) return KVCACHED_OK;
+  }
+  *settled = kvc_settle(ctx, KVC_LANE_CALLER);
+  return err;
 }
 
 /* ---- reading ---- */
@@ -29,7 +33,7 @@ int kvcached_read(kvcached_region_t r, size_t off, void *dst, size_t len) {
   if (!dst) return kvc_fail(KVCACHED_E_INVAL, "dst is NULL, for %zu bytes", len);
   struct kvcached_ctx *ctx = r->ctx;
   size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, n, at;
-  int queued = 0;
+  int queued = 0, settled;
   (void)pthread_mutex_lock(&ctx->mutex);
   while (!err && kvc_sleeps(r)) err = kvc_note_limit(r, kvc_wake_region(r));
   for (size_t i = first; i < end && !err; i += n) {
@@ -43,16 +47,16 @@ int kvcached_read(kvcached_region_t r, size_t off, void *dst, size_t len) {
       queued = 1;
     }
   }
-  if (queued) err = finish(ctx, err);
+  if (queued) err = finish(ctx, err, &settled);
   (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
 }
 
 /* ---- writing ---- */
 
-static int write_now(struct kvcached_region *r, size_t off, const void *src, size_t len) {
+static int write_now(struct kvcached_region *r, size_t off, const void *src, size_t len, int *settled) {
   struct kvcached_ctx *ctx = r->ctx;
-  return finish(ctx, kvc_call(ctx)->write(ctx->device, KVC_LANE_CALLER, &r->space, off, src, len));
+  return finish(ctx, kvc_call(ctx)->write(ctx->device, KVC_LANE_CALLER, &r->space, off, src, len), settled);
 }
 
 /* By a reload function, on the thread that wakes the region and has the mutex. */
@@ -62,13 +66,14 @@ static int write_reloading(struct kvcached_region *r, size_t off, const void *sr
     return kvc_fail(KVCACHED_E_INVAL,
                     "a reload function wrote %zu bytes at %zu, where not all pages were in use before", len,
                     off);
-  return write_now(r, off, src, len);
+  int settled;
+  return write_now(r, off, src, len, &settled);
 }
 
 /* After a write that failed: pages that it was the first to ensure are so no longer. The pool gets back what
-   it had, `pooled` bytes. */
+   it had, `pooled` bytes. Where the write may still be under way they stay, idle. */
 static void unensure(struct kvcached_region *r, size_t first, size_t end, const uint8_t *before,
-                     uint64_t pooled) {
+                     uint64_t pooled, int settled) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_detail d = kvc_detail_keep();
   size_t n, changed = 0;
@@ -78,7 +83,7 @@ static void unensure(struct kvcached_region *r, size_t first, size_t end, const 
     if (was == KVC_ENSURED) continue;
     changed += n;
     uint64_t freed, now = kvc_pool_bytes(ctx), to_pool = pooled > now ? pooled - now : 0;
-    if (was == KVC_UNMAPPED && kvc_empty(r, i, n, KVC_UNMAPPED, to_pool, &freed) == KVCACHED_OK)
+    if (was == KVC_UNMAPPED && settled && kvc_empty(r, i, n, KVC_UNMAPPED, to_pool, &freed) == KVCACHED_OK)
       kvc_unclaim(ctx, freed);
     else
       kvc_pages_set(&r->pages, i, n, KVC_IDLE); /* there is something in them now */
@@ -107,8 +112,9 @@ int kvcached_write(kvcached_region_t r, size_t off, const void *src, size_t len)
     kvc_wait_worker(r);
   if (!err) {
     kvc_hostcopy_invalidate(r);
-    err = write_now(r, off, src, len);
-    if (err) unensure(r, first, end, before, pooled);
+    int settled;
+    err = write_now(r, off, src, len, &settled);
+    if (err) unensure(r, first, end, before, pooled, settled);
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   if (before != few) free(before);
@@ -120,7 +126,7 @@ int kvcached_write(kvcached_region_t r, size_t off, const void *src, size_t len)
 static int clear_awake(struct kvcached_region *r, size_t off, size_t len) {
   struct kvcached_ctx *ctx = r->ctx;
   size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, n, at;
-  int err = KVCACHED_OK, queued = 0;
+  int err = KVCACHED_OK, queued = 0, settled;
   for (size_t i = first; i < end && !err; i += n) {
     n = kvc_pages_run(&r->pages, i, end);
     if (r->pages.state[i] != KVC_ENSURED) continue;
@@ -130,7 +136,7 @@ static int clear_awake(struct kvcached_region *r, size_t off, size_t len) {
   }
   if (!queued) return err;
   kvc_hostcopy_invalidate(r);
-  return finish(ctx, err);
+  return finish(ctx, err, &settled);
 }
 
 int kvcached_clear(kvcached_region_t r, size_t off, size_t len) {

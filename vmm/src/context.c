@@ -285,11 +285,11 @@ void kvcached_shutdown(kvcached_ctx_t ctx) {
   if (!ctx || kvc_check_ctx(ctx)) return;
   kvc_stop_threads(ctx);
   (void)pthread_mutex_lock(&ctx->mutex); /* lets a call under way on another thread end first */
-  if (kvc_quiesce(ctx))
+  if (kvc_quiesce(ctx) && kvc_quiesce(ctx))
     kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest: %s", kvcached_last_error());
   for (struct kvcached_region *r = ctx->regions, *next; r; r = next) {
     next = r->next;
-    kvc_region_free(r);
+    kvc_region_free(r, 1); /* a device that cannot be waited for is lost, and its memory with it */
   }
   while (ctx->regions) kvc_region_abandon(ctx->regions);
   uint64_t freed;

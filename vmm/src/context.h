@@ -116,8 +116,9 @@ static inline const kvc_backend *kvc_call(struct kvcached_ctx *ctx) {
 /* ---- region.c ---- */
 
 int kvc_reserve(struct kvcached_ctx *ctx, int kind, size_t size, size_t unit, struct kvcached_region **out);
-/* Frees a region, its pages, copy and claims; the mutex is held, the device idle. */
-void kvc_region_free(struct kvcached_region *region);
+/* Frees a region, its pages, copy and claims; the mutex is held. Where the device is not idle its memory
+   stays for a later trim. */
+void kvc_region_free(struct kvcached_region *region, int idle);
 /* Pages [first, end) ensured or none, waking the region if it sleeps; the mutex is held, and let go of while
    waiting for room. */
 int kvc_ensure(struct kvcached_region *region, size_t first, size_t end);
@@ -146,6 +147,9 @@ void kvc_reap(struct kvcached_ctx *ctx);
 int kvc_note_limit(struct kvcached_region *r, int err);
 /* The device idle before mappings change, where it has to be. */
 int kvc_quiesce(struct kvcached_ctx *ctx);
+/* After a failure: whether nothing runs any more that was queued on the lane. Memory that is still copied or
+   zeroed must not be unmapped, a GPU's context does not survive it. The thread's error detail stays. */
+int kvc_settle(struct kvcached_ctx *ctx, kvc_lane lane);
 
 /* ---- fill.c: the mutex held, unless it says otherwise; states are set by them ---- */
 
@@ -182,6 +186,7 @@ typedef struct kvc_run {
   size_t made;   /* handles in the table */
   size_t mapped; /* pages mapped */
   int queued;    /* work on the lane may not be finished */
+  int running;   /* and cannot be waited for: what is mapped has to stay so */
 } kvc_run;
 
 /* Puts as many handles of the pool in the table as the run can use. */

@@ -192,11 +192,7 @@ static int ensure_once(ensuring *e, kvc_shortage *shortage) {
   return KVCACHED_OK;
 
 fail:
-  if (queued) {
-    kvc_detail d = kvc_detail_keep();
-    (void)kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
-    (void)kvc_detail_again(err, &d);
-  }
+  if (queued) (void)kvc_settle(ctx, KVC_LANE_CALLER); /* nothing is unmapped here */
   kvc_unclaim(ctx, claimed - kept);
   return err;
 }

@@ -16,6 +16,16 @@ kvc_detail kvc_detail_keep(void) {
 
 int kvc_detail_again(int err, const kvc_detail *d) { return kvc_fail(err, "%s", d->text); }
 
+int kvc_settle(struct kvcached_ctx *ctx, kvc_lane lane) {
+  kvc_detail d = kvc_detail_keep();
+  int settled = kvc_call(ctx)->finish(ctx->device, lane) == KVCACHED_OK || kvc_quiesce(ctx) == KVCACHED_OK;
+  if (!settled)
+    kvc_log(ctx, KVCACHED_LOG_ERROR, "the library's own work cannot be waited for: %s",
+            kvcached_last_error());
+  (void)kvc_detail_again(KVCACHED_OK, &d);
+  return settled;
+}
+
 /* Whether the region's pages are of the pool's size. */
 static int can_pool(const struct kvcached_region *r) {
   return r->pages.handle && r->unit == r->ctx->device->page_size;
@@ -98,9 +108,10 @@ void kvc_run_undo(kvc_run *run, uint8_t from, uint64_t *held) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_detail d = kvc_detail_keep();
   size_t stuck = 0;
-  (void)kvc_run_finish(run);
-  if (run->mapped > 0 && kvc_call(ctx)->unmap(ctx->device, &r->space, kvc_off(r, run->first),
-                                              kvc_bytes(r, run->first, run->mapped)) != KVCACHED_OK) {
+  if (run->queued) run->running = !kvc_settle(ctx, run->lane);
+  if (run->mapped > 0 &&
+      (run->running || kvc_call(ctx)->unmap(ctx->device, &r->space, kvc_off(r, run->first),
+                                            kvc_bytes(r, run->first, run->mapped)) != KVCACHED_OK)) {
     stuck = run->mapped;
     kvc_log(ctx, KVCACHED_LOG_WARN, "%zu pages stay mapped for now: %s", stuck, kvcached_last_error());
     *held += kvc_bytes(r, run->first, stuck);
@@ -155,12 +166,13 @@ uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, 
 /* Undoes the runs of [first, end): all of them are complete, but stuck ones, which are not this call's.
  *given: bytes of handles from the pool in them; which run has them does not matter. */
 static void undo_runs(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint64_t given,
-                      uint64_t *held) {
+                      int running, uint64_t *held) {
   size_t n;
   for (size_t i = first; i < end; i += n) {
     n = kvc_pages_run_alike(&r->pages, i, end);
     if (r->pages.state[i] != from || r->pages.stuck[i]) continue;
-    kvc_run run = {.r = r, .first = i, .n = n, .mapped = n, .made = r->pages.handle ? n : 0};
+    kvc_run run = {.r = r, .first = i, .n = n, .mapped = n, .running = running};
+    run.made = r->pages.handle ? n : 0;
     size_t back = (size_t)(given / r->unit);
     run.given = back < n ? back : n;
     given -= (uint64_t)run.given * r->unit;
@@ -197,14 +209,13 @@ static int fill(struct kvcached_region *r, size_t first, size_t end, uint8_t fro
   if (err) {
     kvc_detail d = kvc_detail_keep();
     uint64_t held = 0, borrowed = given;
-    /* Memory that is still being zeroed cannot be taken. */
-    if (queued) (void)kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
+    run.running = queued && !kvc_settle(ctx, KVC_LANE_CALLER);
     run.queued = 0;
     if (i < end && !r->pages.stuck[i]) {
       borrowed += (uint64_t)run.given * r->unit;
       kvc_run_undo(&run, from, &held);
     }
-    undo_runs(r, first, i, from, given, &held);
+    undo_runs(r, first, i, from, given, run.running, &held);
     *kept = held - borrowed; /* what was lent by the pool is claimed already */
     return kvc_detail_again(err, &d);
   }

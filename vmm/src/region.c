@@ -85,17 +85,17 @@ static void end_region(struct kvcached_region *r) {
 }
 
 /* Takes the memory of a run of pages; what cannot be taken is idle after. */
-static void take_run(struct kvcached_region *r, size_t first, size_t n) {
+static void take_run(struct kvcached_region *r, size_t first, size_t n, int idle) {
   struct kvcached_ctx *ctx = r->ctx;
   uint64_t freed;
-  if (kvc_empty(r, first, n, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
+  if (idle && kvc_empty(r, first, n, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
     kvc_unclaim(ctx, freed);
     return;
   }
   /* Once more, page by page: one that the system cannot split off need not hold the others. */
   size_t left = 0;
   for (size_t i = first; i < first + n; i++) {
-    if (kvc_empty(r, i, 1, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
+    if (idle && kvc_empty(r, i, 1, KVC_UNMAPPED, kvc_pool_room(ctx), &freed) == KVCACHED_OK) {
       kvc_unclaim(ctx, freed);
     } else {
       kvc_pages_set(&r->pages, i, 1, KVC_IDLE);
@@ -117,7 +117,7 @@ static void free_copy(struct kvcached_region *r) {
             r->copy.capacity, kvcached_last_error());
 }
 
-void kvc_region_free(struct kvcached_region *r) {
+void kvc_region_free(struct kvcached_region *r, int idle) {
   struct kvcached_ctx *ctx = r->ctx;
   size_t n;
   for (size_t i = 0; i < r->pages.top; i += n) {
@@ -126,7 +126,7 @@ void kvc_region_free(struct kvcached_region *r) {
     if (state == KVC_ASLEEP && !r->pages.stuck[i])
       kvc_pages_set(&r->pages, i, n, KVC_UNMAPPED);
     else if (state != KVC_UNMAPPED)
-      take_run(r, i, n);
+      take_run(r, i, n, idle);
   }
   free_copy(r);
   r->ahead_first = r->ahead_end = 0;
@@ -144,7 +144,7 @@ void kvc_reap(struct kvcached_ctx *ctx) {
   for (struct kvcached_region *r = ctx->regions, *next; r; r = next) {
     next = r->next;
     if (!r->dead || r->pages.top > 0) continue;
-    if (r->copy.n > 0) free_copy(r);
+    free_copy(r); /* its lists too */
     if (holds_nothing(r)) end_region(r);
   }
 }
@@ -165,10 +165,10 @@ void kvc_unreserve(struct kvcached_region *r) {
   kvc_detail d = kvc_detail_keep();
   r->ahead_first = r->ahead_end = 0;
   kvc_wait_worker(r);
-  /* A driver that cannot even wait gives nothing back either: it is tried all the same. */
-  if (r->pages.top > 0 && kvc_quiesce(ctx))
-    kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest: %s", kvcached_last_error());
-  kvc_region_free(r);
+  /* Nobody can be told that it failed: so it is tried twice. */
+  int idle = r->pages.top == 0 || kvc_quiesce(ctx) == KVCACHED_OK || kvc_quiesce(ctx) == KVCACHED_OK;
+  if (!idle) kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest: %s", kvcached_last_error());
+  kvc_region_free(r, idle);
   (void)kvc_detail_again(KVCACHED_OK, &d);
 }
 
