@@ -61,6 +61,17 @@ static int is_region(const struct kvcached_ctx *ctx, const struct kvcached_regio
   return r != NULL;
 }
 
+/* Frees a chunk that has no region. One that cannot be freed now becomes some region's, and goes with it. */
+static void discard(struct kvcached_ctx *ctx, kvc_host_chunk chunk) {
+  if (kvc_call(ctx)->host_free(ctx->device, chunk.p, chunk.size, chunk.pinned) == KVCACHED_OK) {
+    kvc_unclaim_host(ctx, chunk.size);
+    return;
+  }
+  kvc_log(ctx, KVCACHED_LOG_WARN, "%zu bytes of host memory stay for now: %s", chunk.size,
+          kvcached_last_error());
+  if (ctx->regions && reserve_entry(&ctx->regions->copy) == KVCACHED_OK) append(&ctx->regions->copy, chunk);
+}
+
 int kvc_hostcopy_grow_unlocked(struct kvcached_region *r, size_t need) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_host_chunk chunk = {.size = next_size(&r->copy, need)};
@@ -84,11 +95,7 @@ int kvc_hostcopy_grow_unlocked(struct kvcached_region *r, size_t need) {
       return 1;
     }
   }
-  if (kvc_call(ctx)->host_free(ctx->device, chunk.p, chunk.size, chunk.pinned) == KVCACHED_OK)
-    kvc_unclaim_host(ctx, chunk.size);
-  else
-    kvc_log(ctx, KVCACHED_LOG_ERROR, "%zu bytes of host memory could not be freed and stay claimed: %s",
-            chunk.size, kvcached_last_error());
+  discard(ctx, chunk);
   return err ? err : 1;
 }
 
