@@ -91,9 +91,11 @@ static int write_text(const char *path, const char *text) {
 
 int enter_namespaces(int flags) {
   if (unshare(flags) == 0) return 1;
-  char map[64];
-  snprintf(map, sizeof(map), "%lu %lu 1", (unsigned long)geteuid(), (unsigned long)geteuid());
-  return unshare(CLONE_NEWUSER | flags) == 0 && write_text("/proc/self/uid_map", map);
+  char users[64], groups[64]; /* files need both mapped */
+  snprintf(users, sizeof(users), "%lu %lu 1", (unsigned long)geteuid(), (unsigned long)geteuid());
+  snprintf(groups, sizeof(groups), "%lu %lu 1", (unsigned long)getegid(), (unsigned long)getegid());
+  return unshare(CLONE_NEWUSER | flags) == 0 && write_text("/proc/self/setgroups", "deny") &&
+         write_text("/proc/self/uid_map", users) && write_text("/proc/self/gid_map", groups);
 }
 
 void *shared_memory(size_t size) {

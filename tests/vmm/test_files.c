@@ -25,12 +25,16 @@ static void check_refused(const char *path, const char *why) {
   CHECK(ctx == NULL);
 }
 
-static const char *good_file(const char *name) {
-  const char *path = scratch(name);
+static void make_file(const char *path) {
   kvcached_ledger_t l;
   CHECK_OK(kvcached_ledger_open(path, &l));
   CHECK(strcmp(kvcached_ledger_path(l), path) == 0);
   kvcached_ledger_close(l);
+}
+
+static const char *good_file(const char *name) {
+  const char *path = scratch(name);
+  make_file(path);
   return path;
 }
 
@@ -41,8 +45,9 @@ static void write_file(const char *path, const void *data, size_t size, off_t of
 }
 
 TEST_HOST(files, new_file) {
+  const char *path = scratch("new");
   mode_t mask = umask(0777);
-  const char *path = good_file("new");
+  make_file(path);
   umask(mask);
   struct stat st;
   CHECK(stat(path, &st) == 0);
