@@ -174,13 +174,13 @@ int holds_ends(kvcached_region_t r, size_t page_no, int byte) {
 
 /* ---- figures ---- */
 
-static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *huge, size_t *count) {
+static void walk_smaps(const void *base, size_t size, size_t *huge, size_t *count) {
   uintptr_t lo = (uintptr_t)base, hi = lo + size;
   FILE *f = fopen("/proc/self/smaps", "re");
   CHECK(f != NULL);
   char line[512];
   int inside = 0;
-  *rss = *huge = *count = 0;
+  *huge = *count = 0;
   while (fgets(line, sizeof(line), f)) {
     uintptr_t a, b;
     size_t kb;
@@ -189,8 +189,6 @@ static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *huge,
       if (!inside) continue;
       CHECK(a >= lo && b <= hi);
       ++*count;
-    } else if (inside && sscanf(line, "Rss: %zu kB", &kb) == 1) {
-      *rss += kb * KIB;
     } else if (inside && sscanf(line, "AnonHugePages: %zu kB", &kb) == 1) {
       *huge += kb * KIB;
     }
@@ -199,20 +197,35 @@ static void walk_smaps(const void *base, size_t size, size_t *rss, size_t *huge,
 }
 
 size_t resident(const void *base, size_t size) {
-  size_t rss, huge, count;
-  walk_smaps(base, size, &rss, &huge, &count);
-  return rss;
+  static int fd = -1;
+  static pid_t owner;
+  const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+  if (owner != getpid()) { /* the file is of the process that opened it */
+    fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    owner = getpid();
+  }
+  CHECK(fd >= 0);
+  size_t sum = 0;
+  uint64_t entry[512];
+  for (size_t i = 0, n = size / page; i < n;) {
+    size_t want = (n - i < 512 ? n - i : 512) * sizeof(entry[0]);
+    ssize_t got = pread(fd, entry, want, (off_t)(((uintptr_t)base / page + i) * sizeof(entry[0])));
+    CHECK_EQ(got, want);
+    for (size_t k = 0; k < want / sizeof(entry[0]); k++) sum += (entry[k] >> 62) != 0 ? page : 0;
+    i += want / sizeof(entry[0]);
+  }
+  return sum;
 }
 
 size_t huge_pages(const void *base, size_t size) {
-  size_t rss, huge, count;
-  walk_smaps(base, size, &rss, &huge, &count);
+  size_t huge, count;
+  walk_smaps(base, size, &huge, &count);
   return huge;
 }
 
 size_t mappings(const void *base, size_t size) {
-  size_t rss, huge, count;
-  walk_smaps(base, size, &rss, &huge, &count);
+  size_t huge, count;
+  walk_smaps(base, size, &huge, &count);
   return count;
 }
 

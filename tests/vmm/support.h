@@ -62,9 +62,11 @@ void check_context(kvcached_ctx_t ctx);
    device: what is used more than when the test's first context was opened. */
 uint64_t memory_held(kvcached_ctx_t ctx);
 
-/* Bytes resident in [base, base+size), bytes of that in huge pages, and the number of mappings there, from
-   /proc/self/smaps. Ends the test when a mapping crosses the borders: its memory could not be told apart. */
+/* Bytes in [base, base+size) that have memory, or swap, by /proc/self/pagemap. */
 size_t resident(const void *base, size_t size);
+
+/* Bytes there in huge pages, and the number of mappings, by /proc/self/smaps. Ends the test when a mapping
+   crosses the borders: what belongs to it could not be told apart. */
 size_t huge_pages(const void *base, size_t size);
 size_t mappings(const void *base, size_t size);
 

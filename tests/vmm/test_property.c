@@ -1,20 +1,22 @@
 /*
  * Random calls against a model: for each page whether it is in use and what it holds, for each region whether
  * it sleeps. From that alone follows what every call must return, since idle memory never stands in anybody's
- * way. Each run has a seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and
+ * way. With faults, calls of the backend fail at random too: then a call has done nothing. Each run has a seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and
  * KVCACHED_TEST_ROUNDS makes for more of them.
  */
 #include "context.h"
+#include "fault.h"
 #include "support.h"
 
 enum { REGIONS = 6, MAX_PAGES = 40, CAPACITY = 90, STEPS = 300 };
+enum { ABSENT = -1, UNKNOWN = 1000 }; /* tags of pages not in use, and of such as hold who knows what */
 
 typedef struct model_region {
   kvcached_region_t r; /* NULL: there is none */
   void *allocated;     /* what kvcached_alloc returned */
   int kind, asleep;
   size_t n, unit;
-  int tag[MAX_PAGES]; /* content of a page in use; -1: not in use */
+  int tag[MAX_PAGES]; /* content of a page in use, ABSENT or UNKNOWN */
 } model_region;
 
 typedef struct model {
@@ -24,6 +26,7 @@ typedef struct model {
   model_region region[REGIONS];
   uint32_t seed;
   unsigned refused, done;
+  int faults, failed; /* calls of the backend fail; the last call of the library did */
 } model;
 
 static uint32_t pick(model *m, uint32_t n) { return next_random(&m->seed) % n; }
@@ -54,17 +57,42 @@ static uint64_t held(const model *m) {
   return s.mapped + s.pooled;
 }
 
+/* Before a call and after it: somewhere in it the backend fails, once or again and again. */
+static void arm(model *m) {
+  if (!m->faults || pick(m, 3)) return;
+  int err = pick(m, 2) ? KVCACHED_E_DEVICE : KVCACHED_E_NOMEM;
+  if (pick(m, 4))
+    fault_set(FAULT_ANY, 1 + pick(m, 10), err);
+  else
+    fault_every(FAULT_ANY, 2 + pick(m, 6), err);
+}
+static int disarm(model *m, int err) {
+  fault_clear();
+  m->failed |= m->faults && (err == KVCACHED_E_DEVICE || err == KVCACHED_E_NOMEM);
+  return err;
+}
+
 /* A call that finds room, or does not. Above a limit that was lowered nothing new fits, but pages that are idle
    have their memory still: a call that needs no more than these works, and then `ok` becomes 1. */
 #define EXPECT(m, call, ok)                                                                        \
   do {                                                                                             \
     uint64_t before_ = held(m);                                                                    \
-    int err_ = (call);                                                                             \
+    arm(m);                                                                                        \
+    int err_ = disarm(m, (call));                                                                  \
+    if ((m)->failed) ok = 0;                                                                       \
     if (err_ == KVCACHED_OK && !ok && before_ > (m)->limit && held(m) <= before_) ok = 1;          \
-    if (err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                                             \
+    if (!(m)->failed && err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                             \
       check_failed(__FILE__, __LINE__, "%s returned %s", #call, kvcached_err_name(err_));          \
-    (m)->refused += !ok;                                                                           \
+    (m)->refused += !ok && !(m)->failed;                                                           \
     (m)->done += ok != 0;                                                                          \
+  } while (0)
+
+/* One that works unless the backend fails. */
+#define WORKS(m, call)                          \
+  do {                                          \
+    arm(m);                                     \
+    int works_ = disarm(m, (call));             \
+    if (!(m)->failed) CHECK_OK(works_);         \
   } while (0)
 
 static void set_asleep(model_region *q, int asleep) {
@@ -72,7 +100,7 @@ static void set_asleep(model_region *q, int asleep) {
   for (size_t i = 0; q->r && i < q->n; i++) n += q->tag[i] >= 0;
   q->asleep = asleep && n > 0;
   for (size_t i = 0; q->asleep && q->kind == KVCACHED_SCRATCH && i < q->n; i++)
-    if (q->tag[i] > 0) q->tag[i] = 0;
+    if (q->tag[i] != ABSENT) q->tag[i] = 0;
 }
 
 /* Whether waking these regions works; they are awake then. */
@@ -115,7 +143,7 @@ static void check_all(model *m) {
       int ensured;
       CHECK_OK(kvcached_mapped_run(q->r, i * q->unit, (size_t)page_bytes(q, i), &run, &ensured));
       CHECK_EQ(ensured, q->tag[i] >= 0);
-      if (q->tag[i] >= 0 && !q->asleep) CHECK(holds_ends(q->r, i, q->tag[i]));
+      if (q->tag[i] >= 0 && q->tag[i] != UNKNOWN && !q->asleep) CHECK(holds_ends(q->r, i, q->tag[i]));
     }
   }
 }
@@ -128,14 +156,17 @@ static void make_region(model *m, model_region *q) {
   *q = (model_region){.kind = kind, .r = reserve(m->ctx, kind, size)};
   q->unit = kvcached_region_page_size(q->r);
   q->n = (size + q->unit - 1) / q->unit;
-  for (size_t i = 0; i < MAX_PAGES; i++) q->tag[i] = -1;
+  for (size_t i = 0; i < MAX_PAGES; i++) q->tag[i] = ABSENT;
 }
 
 static void allocate(model *m, model_region *q) {
   size_t size = (1 + pick(m, 12)) * m->page - pick(m, 2);
   size_t whole = (size + m->page - 1) / m->page * m->page;
   int ok = fits(m, whole);
+  arm(m);
   void *p = kvcached_alloc(m->ctx, size);
+  fault_clear();
+  if (!p && m->faults) return;
   if (!p != !ok) check_failed(__FILE__, __LINE__, "alloc of %zu: %p, but it %s", size, p, ok ? "fits" : "does not fit");
   m->refused += !ok;
   if (!p) return;
@@ -151,10 +182,12 @@ static void allocate(model *m, model_region *q) {
 }
 
 static void end_region(model *m, model_region *q) {
+  arm(m);
   if (q->allocated)
     kvcached_free(m->ctx, q->allocated);
   else
     kvcached_unreserve(q->r);
+  fault_clear();
   *q = (model_region){.r = NULL};
 }
 
@@ -204,8 +237,8 @@ static void ensure(model *m, model_region *q) {
 
 static void release(model *m, model_region *q) {
   range g = some_pages(m, q);
-  CHECK_OK(kvcached_release(q->r, g.off, g.len));
-  for (size_t i = g.whole_first; i < g.whole_end; i++) q->tag[i] = -1;
+  WORKS(m, kvcached_release(q->r, g.off, g.len));
+  for (size_t i = g.whole_first; i < g.whole_end; i++) q->tag[i] = ABSENT;
   if (q->asleep) set_asleep(q, 1);
 }
 
@@ -219,7 +252,11 @@ static void write_pages(model *m, model_region *q) {
   CHECK(buf != NULL);
   memset(buf, tag, size);
   EXPECT(m, kvcached_write(q->r, g.first * q->unit, buf, size), ok);
-  for (size_t i = g.first; i < g.first + g.n && ok; i++) q->tag[i] = tag;
+  for (size_t i = g.first; i < g.first + g.n; i++)
+    if (ok)
+      q->tag[i] = tag;
+    else if (m->failed && q->tag[i] != ABSENT)
+      q->tag[i] = UNKNOWN; /* some of it may have been written */
   free(buf);
 }
 
@@ -229,9 +266,10 @@ static void read_pages(model *m, model_region *q) {
   int ok = wakes(m, 0, q);
   for (size_t i = g.first; i < g.first + g.n; i++) {
     size_t off = i * q->unit, last = off + (size_t)page_bytes(q, i) - 32;
-    int tag = q->tag[i] > 0 ? q->tag[i] : 0;
+    int tag = q->tag[i] == ABSENT ? 0 : q->tag[i];
     EXPECT(m, kvcached_read(q->r, off, ends[0], 32), ok);
     if (!ok) return;
+    if (tag == UNKNOWN) continue;
     CHECK_OK(kvcached_read(q->r, last, ends[1], 32));
     CHECK(all_bytes(ends[0], 32, (unsigned char)tag) && all_bytes(ends[1], 32, (unsigned char)tag));
   }
@@ -249,13 +287,15 @@ static void clear_pages(model *m, model_region *q) {
   }
   int ok = (whole && q->asleep) || wakes(m, 0, q); /* a whole sleeper need not wake */
   EXPECT(m, kvcached_clear(q->r, g.off, g.len), ok);
-  for (size_t i = g.first; i < g.first + g.n && ok; i++)
-    if (q->tag[i] >= 0) q->tag[i] = 0;
+  for (size_t i = g.first; i < g.first + g.n; i++)
+    if (q->tag[i] != ABSENT && (ok || m->failed)) q->tag[i] = ok ? 0 : UNKNOWN;
 }
 
 static void sleep_kinds(model *m) {
   unsigned kinds = 1 + pick(m, 7);
-  int err = kvcached_sleep(m->ctx, kinds, 1000, NULL);
+  arm(m);
+  int err = disarm(m, kvcached_sleep(m->ctx, kinds, 1000, NULL));
+  if (m->failed) return;
   if (err == KVCACHED_E_HOST_LIMIT && m->host_limit != UINT64_MAX) return; /* then nothing has changed */
   CHECK_OK(err);
   for (int i = 0; i < REGIONS; i++)
@@ -268,17 +308,40 @@ static void enter(model *m) {
   if (!ok) return;
   for (int k = 0; k < REGIONS; k++)
     for (size_t i = 0; m->region[k].r && i < m->region[k].n; i++)
-      if (m->region[k].tag[i] >= 0) CHECK(holds_ends(m->region[k].r, i, m->region[k].tag[i]));
+      if (m->region[k].tag[i] != ABSENT && m->region[k].tag[i] != UNKNOWN)
+        CHECK(holds_ends(m->region[k].r, i, m->region[k].tag[i]));
   CHECK_OK(kvcached_leave(m->ctx));
 }
 
 static void set_limit(model *m) {
+  if (m->faults) {
+    arm(m);
+    kvcached_set_limit(m->ctx, pick(m, 2) ? 0 : SIZE_MAX);
+    fault_clear();
+    kvcached_set_limit(m->ctx, SIZE_MAX);
+    return;
+  }
   m->limit = pick(m, 4) ? (CAPACITY / 3 + pick(m, CAPACITY)) * m->page : UINT64_MAX;
   kvcached_set_limit(m->ctx, m->limit == UINT64_MAX ? SIZE_MAX : (size_t)m->limit);
   kvcached_stats_t s = stats_of(m->ctx);
   CHECK_EQ(s.limit, m->limit);
   uint64_t used = in_use(m);
   CHECK_LE(s.mapped + s.pooled, used > m->limit ? used : m->limit);
+}
+
+/* After a failure everything can be woken. What was asleep may be awake by now, and the content of SCRATCH is
+   gone with the first sleep, even one that failed in the end. */
+static void recover(model *m) {
+  m->failed = 0;
+  CHECK_OK(kvcached_enter(m->ctx));
+  CHECK_OK(kvcached_leave(m->ctx));
+  for (int k = 0; k < REGIONS; k++) {
+    model_region *q = &m->region[k];
+    q->asleep = 0;
+    for (size_t i = 0; q->r && q->kind == KVCACHED_SCRATCH && i < q->n; i++)
+      if (q->tag[i] != ABSENT) q->tag[i] = UNKNOWN;
+  }
+  check_all(m);
 }
 
 static void step(model *m) {
@@ -307,7 +370,7 @@ static void step(model *m) {
     case 12: clear_pages(m, q); break;
     case 13: {
       range g = some_pages(m, q);
-      CHECK_OK(kvcached_prepare(q->r, g.off, g.len));
+      WORKS(m, kvcached_prepare(q->r, g.off, g.len));
       break;
     }
     case 14:
@@ -320,18 +383,20 @@ static void step(model *m) {
     }
     case 17: enter(m); break;
     case 18: set_limit(m); break;
-    case 19: CHECK_OK(kvcached_trim_host(m->ctx, (int)pick(m, 2), &freed)); break;
-    case 20: CHECK_OK(kvcached_prepare_sleep(m->ctx, 1 + pick(m, 7))); break;
+    case 19: WORKS(m, kvcached_trim_host(m->ctx, (int)pick(m, 2), &freed)); break;
+    case 20: WORKS(m, kvcached_prepare_sleep(m->ctx, 1 + pick(m, 7))); break;
     case 21: end_region(m, q); break;
     default: {
       size_t keep = pick(m, 30) * m->page;
-      CHECK_OK(kvcached_trim(m->ctx, keep, &freed));
+      WORKS(m, kvcached_trim(m->ctx, keep, &freed));
     }
   }
 }
 
-static void play(uint32_t seed, const char *ledger, unsigned *refused, unsigned *done) {
+static void play(uint32_t seed, int faults, const char *ledger, unsigned *refused, unsigned *done) {
   model m = {.seed = seed * 2654435761u + 1, .page = test_page(), .limit = CAPACITY * test_page()};
+  if (faults) m.limit = UINT64_MAX; /* so that every refusal is the backend's */
+  m.faults = faults;
   kvcached_options_t o;
   test_options(&o);
   o.limit = m.limit;
@@ -346,6 +411,10 @@ static void play(uint32_t seed, const char *ledger, unsigned *refused, unsigned 
   for (int i = 0; i < STEPS; i++) {
     test_note("KVCACHED_TEST_SEED=%u, step %d", seed, i);
     step(&m);
+    if (m.failed) {
+      recover(&m);
+      *refused += 1;
+    }
     kvcached_stats_t s = stats_of(m.ctx);
     CHECK_LE(in_use(&m), s.mapped);
     CHECK_LE(s.mapped + s.pooled, m.limit > last ? m.limit : last); /* it only grows within the limit */
@@ -354,6 +423,7 @@ static void play(uint32_t seed, const char *ledger, unsigned *refused, unsigned 
     if (i % 40 == 39) check_all(&m);
   }
   m.limit = UINT64_MAX;
+  m.faults = 0;
   kvcached_set_limit(m.ctx, SIZE_MAX);
   enter(&m);
   check_all(&m);
@@ -366,8 +436,17 @@ TEST(property, random_calls) {
   const char *ledger = scratch("ledger");
   uint32_t seed = first_seed(1);
   unsigned refused = 0, done = 0, n = rounds(on_host() ? 30 : 12);
-  for (unsigned i = 0; i < n; i++) play(seed + i, ledger, &refused, &done);
+  for (unsigned i = 0; i < n; i++) play(seed + i, 0, ledger, &refused, &done);
   CHECK_EQ(live_slots(ledger), 0);
   if (n > 4) CHECK_LE(n, refused); /* else the limit has not been tried */
   CHECK_LE(n * 50, done);
+}
+
+TEST(property, random_calls_with_faults) {
+  const char *ledger = scratch("faults");
+  uint32_t seed = first_seed(1001);
+  unsigned failed = 0, done = 0, n = rounds(on_host() ? 15 : 8);
+  for (unsigned i = 0; i < n; i++) play(seed + i, 1, ledger, &failed, &done);
+  CHECK_EQ(live_slots(ledger), 0);
+  CHECK_LE(n, failed);
 }
