@@ -263,7 +263,7 @@ KVCACHED_API size_t kvcached_region_page_size(kvcached_region_t region);
 
 /* Makes every page touching [off, off+len) usable, or none: pages that were not ensured read as zero
    (recycled ones too), ensured ones keep their content. A sleeping region is woken first. Room is made in
-   this order: ready, idle and pooled memory of the context; then, where the card is short rather than the
+   this order: pooled, ready and idle memory of the context; then, where the card is short rather than the
    group, idle processes of other groups are asked to trim and to sleep, least recently used first, within
    room_wait_ms. When nothing is missing no driver call is made. E_INVAL range; E_LIMIT; E_NOMEM; E_SYSTEM;
    E_DEVICE; E_FORKED; those of wake. len 0 does nothing. */
