@@ -48,7 +48,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         '[[file]]\ntemplate = "more.c.j2"\ndest = "src/models/more.c"\n', encoding="utf-8"
     )
     (root / "templates" / "llama.cpp" / "more.c.j2").write_text(
-        "int more(void) { return {{ abi }} + 1; }\n", encoding="utf-8"
+        "int more(void) { return {{ abi }} > 0 ? 2 : 0; }\n", encoding="utf-8"
     )
     monkeypatch.setattr(paths, "data_dir", lambda: root)
     return root

@@ -55,7 +55,7 @@ class TestBuild:
         (objects,) = (cache / "work").glob("*/build")
         before = {p.name: p.stat().st_mtime_ns for p in objects.rglob("*.o")}
         (data / "templates" / "llama.cpp" / "more.c.j2").write_text(
-            "int more(void) { return {{ abi }} + 1 + 0; }\n", encoding="utf-8"
+            "int more(void) { return {{ abi }} > 0 ? 1 + 1 : 0; }\n", encoding="utf-8"
         )
         assert build() == 0
         after = {p.name: p.stat().st_mtime_ns for p in objects.rglob("*.o")}
