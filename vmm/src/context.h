@@ -1,12 +1,14 @@
 /*
  * Contexts and regions as the library sees them.
  *
- *   context.c   options, life, claims; figures.c       gate.c      who is inside, and who wants to be alone
- *   region.c    the public calls on pages              sleep.c     sleep, and preparing it
- *   fill.c      memory under runs of pages, undoing    hostcopy.c  host memory that keeps sleeping content
- *   pool.c      handles without an address             room.c      own idle memory, then other processes
- *   access.c    read, write, clear; alloc and free     worker.c    the helper thread
- *   wake.c      memory and content for sleepers        control.c   the thread that answers commands
+ *   context.c   options, life, claims              gate.c      who is inside, and who wants to be alone
+ *   figures.c   stats, the slot's figures, limits     sleep.c     sleep, and preparing it
+ *   region.c    the public calls on pages             wake.c      memory and content for sleepers
+ *   ensure.c    making pages usable, own room         hostcopy.c  host memory that keeps sleeping content
+ *   fill.c      memory under runs of pages, undoing   room.c      own idle memory, then other processes
+ *   pool.c      handles without an address            worker.c    look-ahead, the helper thread
+ *   access.c    read, write, clear; alloc and free    control.c   the thread that answers commands
+ *   process.c   which process this is
  *
  * Locks, in the order they are taken: the gate (shared or alone), then ctx->mutex, then those of the ledger.
  * Whoever holds the mutex never waits for the gate. Driver calls are made with the mutex held, but those of
