@@ -1,7 +1,7 @@
 /*
  * Contexts and regions as the library sees them.
  *
- *   context.c   options, life, claims              gate.c      who is inside, and who wants to be alone
+ *   context.c   options, life, claims                 gate.c      who is inside, and who wants to be alone
  *   figures.c   stats, the slot's figures, limits     sleep.c     sleep, and preparing it
  *   region.c    the public calls on pages             wake.c      memory and content for sleepers
  *   ensure.c    making pages usable, own room         hostcopy.c  host memory that keeps sleeping content
