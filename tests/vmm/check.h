@@ -35,9 +35,9 @@ typedef struct test_case {
 
 void test_register(test_case *test);
 
-#define TEST_ON(where, suite, name)                                                    \
-  static void test_##name(void);                                                       \
-  static test_case case_##name = {#suite, #name, where, test_##name, NULL};            \
+#define TEST_ON(where, suite, name)                                                               \
+  static void test_##name(void);                                                                  \
+  static test_case case_##name = {#suite, #name, where, test_##name, NULL};                       \
   __attribute__((constructor)) static void register_##name(void) { test_register(&case_##name); } \
   static void test_##name(void)
 #define TEST(suite, name) TEST_ON(ON_BACKEND, suite, name)
@@ -60,47 +60,47 @@ void test_note(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 _Noreturn void check_failed(const char *file, int line, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-#define CHECK(cond)                                                              \
-  do {                                                                           \
-    if (!(cond)) check_failed(__FILE__, __LINE__, "CHECK failed: %s", #cond);    \
+#define CHECK(cond)                                                           \
+  do {                                                                        \
+    if (!(cond)) check_failed(__FILE__, __LINE__, "CHECK failed: %s", #cond); \
   } while (0)
 
 /* Two whole numbers that must be equal; both are shown. */
-#define CHECK_EQ(a, b)                                                                                  \
-  do {                                                                                                  \
-    long long a_ = (long long)(a), b_ = (long long)(b);                                                 \
-    if (a_ != b_) check_failed(__FILE__, __LINE__, "%s is %lld, %s is %lld", #a, a_, #b, b_);           \
+#define CHECK_EQ(a, b)                                                                        \
+  do {                                                                                        \
+    long long a_ = (long long)(a), b_ = (long long)(b);                                       \
+    if (a_ != b_) check_failed(__FILE__, __LINE__, "%s is %lld, %s is %lld", #a, a_, #b, b_); \
   } while (0)
 
 /* a <= b, both shown; as unsigned numbers. */
-#define CHECK_LE(a, b)                                                                                  \
-  do {                                                                                                  \
-    unsigned long long a_ = (unsigned long long)(a), b_ = (unsigned long long)(b);                      \
-    if (a_ > b_) check_failed(__FILE__, __LINE__, "%s is %llu, above %s, %llu", #a, a_, #b, b_);        \
+#define CHECK_LE(a, b)                                                                           \
+  do {                                                                                           \
+    unsigned long long a_ = (unsigned long long)(a), b_ = (unsigned long long)(b);               \
+    if (a_ > b_) check_failed(__FILE__, __LINE__, "%s is %llu, above %s, %llu", #a, a_, #b, b_); \
   } while (0)
 
 /* Two texts that must be equal. */
-#define CHECK_TEXT(a, b)                                                                                     \
-  do {                                                                                                       \
-    const char *a_ = (a), *b_ = (b);                                                                         \
-    if (strcmp(a_, b_) != 0) check_failed(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #a, a_, b_);       \
+#define CHECK_TEXT(a, b)                                                                               \
+  do {                                                                                                 \
+    const char *a_ = (a), *b_ = (b);                                                                   \
+    if (strcmp(a_, b_) != 0) check_failed(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #a, a_, b_); \
   } while (0)
 
 /* A library call and the code it must return. */
-#define CHECK_IS(call, code)                                                                           \
-  do {                                                                                                 \
-    int got_ = (call), want_ = (code);                                                                 \
-    if (got_ != want_)                                                                                 \
-      check_failed(__FILE__, __LINE__, "%s returned %s, not %s", #call, kvcached_err_name(got_),       \
-                   kvcached_err_name(want_));                                                          \
+#define CHECK_IS(call, code)                                                                     \
+  do {                                                                                           \
+    int got_ = (call), want_ = (code);                                                           \
+    if (got_ != want_)                                                                           \
+      check_failed(__FILE__, __LINE__, "%s returned %s, not %s", #call, kvcached_err_name(got_), \
+                   kvcached_err_name(want_));                                                    \
   } while (0)
 #define CHECK_OK(call) CHECK_IS(call, KVCACHED_OK)
 
 /* The detail of the last error must hold a text. */
-#define CHECK_DETAIL(text)                                                                    \
-  do {                                                                                        \
-    if (!strstr(kvcached_last_error(), text))                                                 \
-      check_failed(__FILE__, __LINE__, "the last error does not say \"%s\"", text);           \
+#define CHECK_DETAIL(text)                                                          \
+  do {                                                                              \
+    if (!strstr(kvcached_last_error(), text))                                       \
+      check_failed(__FILE__, __LINE__, "the last error does not say \"%s\"", text); \
   } while (0)
 
 #endif

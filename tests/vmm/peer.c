@@ -120,8 +120,9 @@ static uint64_t memory(void) {
   return s.mapped + s.pooled;
 }
 
-/* After a call that got more memory than there was `before`, all that is held must be within the limit, if that
-   was the same all the time since `limit_no`. (Where a limit was lowered, what is in use stays in use.) */
+/* After a call that got more memory than there was `before`, all that is held must be within the limit, if
+   that was the same all the time since `limit_no`. (Where a limit was lowered, what is in use stays in use.)
+ */
 static void check_limit(sky *k, uint64_t limit_no, uint64_t before) {
   if (memory() <= before) return;
   int over = 0;

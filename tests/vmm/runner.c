@@ -28,9 +28,9 @@ enum { HOST, HOST_2M, CUDA, BACKENDS };
 static test_case *first_test, **last_test = &first_test;
 static test_case *tests[MAX_TESTS]; /* those chosen, suite by suite */
 static int n_tests;
-static int chosen_backend;                     /* of KVCACHED_BACKEND */
-static const test_case *current;               /* in a child: the test that runs */
-static const char *skipped;                    /* why it was skipped */
+static int chosen_backend;       /* of KVCACHED_BACKEND */
+static const test_case *current; /* in a child: the test that runs */
+static const char *skipped;      /* why it was skipped */
 static unsigned counts[BACKENDS][RESULTS];
 
 static struct {
@@ -156,7 +156,7 @@ typedef struct job {
   pid_t pid; /* 0: not in use */
   int results, output;
   int first, next, end, running; /* the test to begin next; the one under way, or -1 */
-  int64_t since;          /* when that began, or the process */
+  int64_t since;                 /* when that began, or the process */
   int timed_out;
   char folder[256];
   char line[512], out[OUTPUT];
@@ -393,14 +393,15 @@ static void run_here(void) {
 /* ---- the command line ---- */
 
 static int usage(void) {
-  fprintf(stderr,
-          "vmm_tests [--list] [--suite NAME]... [--test [SUITE.]NAME]... [--isolate] [--no-exec]\n"
-          "          [--jobs N] [--timeout SECONDS] [--verbose]\n"
-          "  --isolate   a process a test instead of one a suite\n"
-          "  --no-exec   all tests in this process (debuggers); the first failure ends it\n"
-          "  --timeout   of one test; default 120, or KVCACHED_TEST_TIMEOUT\n"
-          "  KVCACHED_BACKEND=host|host-2m|cuda chooses the backend; KVCACHED_TEST_ROUNDS=N makes the random\n"
-          "  tests N times as long; KVCACHED_TEST_SEED=S has them begin with that seed\n");
+  fprintf(
+      stderr,
+      "vmm_tests [--list] [--suite NAME]... [--test [SUITE.]NAME]... [--isolate] [--no-exec]\n"
+      "          [--jobs N] [--timeout SECONDS] [--verbose]\n"
+      "  --isolate   a process a test instead of one a suite\n"
+      "  --no-exec   all tests in this process (debuggers); the first failure ends it\n"
+      "  --timeout   of one test; default 120, or KVCACHED_TEST_TIMEOUT\n"
+      "  KVCACHED_BACKEND=host|host-2m|cuda chooses the backend; KVCACHED_TEST_ROUNDS=N makes the random\n"
+      "  tests N times as long; KVCACHED_TEST_SEED=S has them begin with that seed\n");
   return 2;
 }
 

@@ -1,4 +1,5 @@
-/* What the processes of a storm (test_storm.c) share: an account of memory that knows nothing of the ledger. */
+/* What the processes of a storm (test_storm.c) share: an account of memory that knows nothing of the ledger.
+ */
 #ifndef STORM_H
 #define STORM_H
 

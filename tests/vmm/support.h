@@ -91,8 +91,8 @@ const char *scratch(const char *name);
 /* Small numbers that look random, the same in every run. */
 uint32_t next_random(uint32_t *state);
 
-/* How often a random test is to be repeated: n, times KVCACHED_TEST_ROUNDS; and the first seed of such a test:
-   `seed`, or KVCACHED_TEST_SEED. */
+/* How often a random test is to be repeated: n, times KVCACHED_TEST_ROUNDS; and the first seed of such a
+   test: `seed`, or KVCACHED_TEST_SEED. */
 unsigned rounds(unsigned n);
 uint32_t first_seed(uint32_t seed);
 
@@ -100,13 +100,13 @@ int64_t now_ms(void);
 void sleep_ms(unsigned ms);
 
 /* Waits until cond holds, at most ten seconds. */
-#define WAIT_FOR(cond)                                                                           \
-  do {                                                                                           \
-    int64_t until_ = now_ms() + 10000;                                                           \
-    while (!(cond)) {                                                                            \
-      if (now_ms() > until_) check_failed(__FILE__, __LINE__, "waited in vain for: %s", #cond);  \
-      sleep_ms(1);                                                                               \
-    }                                                                                            \
+#define WAIT_FOR(cond)                                                                          \
+  do {                                                                                          \
+    int64_t until_ = now_ms() + 10000;                                                          \
+    while (!(cond)) {                                                                           \
+      if (now_ms() > until_) check_failed(__FILE__, __LINE__, "waited in vain for: %s", #cond); \
+      sleep_ms(1);                                                                              \
+    }                                                                                           \
   } while (0)
 
 /* ---- a peer: another process of this library (peer.c), driven over its standard input and output ---- */

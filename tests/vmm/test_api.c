@@ -14,9 +14,9 @@
 TEST_HOST(api, names) {
   CHECK_EQ(kvcached_abi_version(), KVCACHED_ABI_VERSION);
   CHECK_TEXT(kvcached_version(), KVCACHED_VERSION);
-#define XX(name, value, text)                                                  \
-  CHECK_TEXT(kvcached_strerror(KVCACHED_##name), text);                        \
-  CHECK_TEXT(kvcached_err_name(KVCACHED_##name), "KVCACHED_" #name);           \
+#define XX(name, value, text)                                        \
+  CHECK_TEXT(kvcached_strerror(KVCACHED_##name), text);              \
+  CHECK_TEXT(kvcached_err_name(KVCACHED_##name), "KVCACHED_" #name); \
   CHECK_EQ(KVCACHED_##name, value);
   KVCACHED_ERROR_MAP(XX)
 #undef XX
@@ -222,14 +222,14 @@ TEST(api, bad_options) {
   CHECK_IS(kvcached_open(NULL, &ctx), KVCACHED_E_INVAL);
   CHECK(ctx == NULL);
   CHECK_IS(kvcached_open(&o, NULL), KVCACHED_E_INVAL);
-#define REFUSED(field, value, text)                                            \
-  do {                                                                         \
-    test_options(&o);                                                          \
-    o.field = value;                                                           \
-    ctx = (kvcached_ctx_t)1;                                                   \
-    CHECK_IS(kvcached_open(&o, &ctx), KVCACHED_E_INVAL);                       \
-    CHECK(ctx == NULL);                                                        \
-    CHECK_DETAIL(text);                                                        \
+#define REFUSED(field, value, text)                      \
+  do {                                                   \
+    test_options(&o);                                    \
+    o.field = value;                                     \
+    ctx = (kvcached_ctx_t)1;                             \
+    CHECK_IS(kvcached_open(&o, &ctx), KVCACHED_E_INVAL); \
+    CHECK(ctx == NULL);                                  \
+    CHECK_DETAIL(text);                                  \
   } while (0)
   REFUSED(page_size, test_page() + 1, "page_size");
   REFUSED(page_size, 3, "page_size");

@@ -9,7 +9,8 @@
 
 enum { KV_PAGES = 16, UNITS = 3, RUNS_OUT = 200 };
 
-/* A KV region with every kind of run: e = ensured, i = idle, . = unmapped; a WEIGHTS region of large pages. */
+/* A KV region with every kind of run: e = ensured, i = idle, . = unmapped; a WEIGHTS region of large pages.
+ */
 static const char layout[KV_PAGES + 1] = "ee..ii.e.iie....";
 static const char layout_weights[UNITS + 1] = "ee.";
 
@@ -308,7 +309,9 @@ static int do_trim(scene *s) {
   CHECK_EQ(before - stats_of(s->ctx).mapped - stats_of(s->ctx).pooled, freed);
   return err;
 }
-TEST(faults, trim) { drill(&(operation){.name = "trim", .set = release_some, .run = do_trim, .leaves = LESS_IDLE}); }
+TEST(faults, trim) {
+  drill(&(operation){.name = "trim", .set = release_some, .run = do_trim, .leaves = LESS_IDLE});
+}
 
 static int do_unreserve(scene *s) {
   if (s->kv) kvcached_unreserve(s->kv);
@@ -344,25 +347,26 @@ static void sleep_once(scene *s) {
   CHECK_OK(kvcached_wake(s->ctx, KVCACHED_ALL_KINDS));
   s->scratch_tag = -1;
 }
-TEST(faults, sleep_again) { drill(&(operation){.name = "sleep", .set = sleep_once, .run = do_sleep, .leaves = LESS_IDLE}); }
+TEST(faults, sleep_again) {
+  drill(&(operation){.name = "sleep", .set = sleep_once, .run = do_sleep, .leaves = LESS_IDLE});
+}
 
 static int do_enter(scene *s) {
   int err = kvcached_enter(s->ctx);
   if (!err) CHECK_OK(kvcached_leave(s->ctx));
   return err;
 }
-TEST(faults, wake) { drill(&(operation){.name = "wake", .set = sleep_all, .run = do_enter, .leaves = SOME_REGIONS}); }
+TEST(faults, wake) {
+  drill(&(operation){.name = "wake", .set = sleep_all, .run = do_enter, .leaves = SOME_REGIONS});
+}
 
 static void sleep_without_copy(scene *s) {
   CHECK_OK(kvcached_set_reload(s->weights, reload, s));
   sleep_all(s);
 }
 TEST(faults, wake_by_reload) {
-  drill(&(operation){.name = "reload",
-                     .set = sleep_without_copy,
-                     .run = do_enter,
-                     .leaves = SOME_REGIONS,
-                     .host_limit = 5});
+  drill(&(operation){
+      .name = "reload", .set = sleep_without_copy, .run = do_enter, .leaves = SOME_REGIONS, .host_limit = 5});
 }
 
 static int do_prepare_sleep(scene *s) { return kvcached_prepare_sleep(s->ctx, KVCACHED_ALL_KINDS); }

@@ -167,7 +167,8 @@ TEST(prepare, meets_the_other_calls) {
   for (unsigned i = 0; i < rounds(on_host() ? 150 : 40); i++) {
     size_t first = next_random(&seed) % 32, n = 1 + next_random(&seed) % 8;
     CHECK_OK(kvcached_prepare(r, first * page, n * page));
-    for (unsigned spin = next_random(&seed) % 2000; spin > 0; spin--) atomic_signal_fence(memory_order_seq_cst);
+    for (unsigned spin = next_random(&seed) % 2000; spin > 0; spin--)
+      atomic_signal_fence(memory_order_seq_cst);
     switch (next_random(&seed) % 6) {
       case 0:
       case 1:
@@ -179,9 +180,7 @@ TEST(prepare, meets_the_other_calls) {
       case 2: CHECK_OK(kvcached_release(r, first * page, n * page)); break;
       case 3: CHECK_OK(kvcached_trim(ctx, 0, NULL)); break;
       case 4: CHECK_OK(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, NULL)); break;
-      default:
-        kvcached_unreserve(r);
-        r = reserve(ctx, KVCACHED_KV, 40 * page);
+      default: kvcached_unreserve(r); r = reserve(ctx, KVCACHED_KV, 40 * page);
     }
     kvcached_stats_t s = stats_of(ctx);
     CHECK_LE(s.ready, s.idle);

@@ -1,8 +1,9 @@
 /*
  * Random calls against a model: for each page whether it is in use and what it holds, for each region whether
  * it sleeps. From that alone follows what every call must return, since idle memory never stands in anybody's
- * way. With faults, calls of the backend fail at random too: then a call has done nothing. Each run has a seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and
- * KVCACHED_TEST_ROUNDS makes for more of them.
+ * way. With faults, calls of the backend fail at random too: then a call has done nothing. Each run has a
+ * seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and KVCACHED_TEST_ROUNDS makes for
+ * more of them.
  */
 #include "context.h"
 #include "fault.h"
@@ -72,27 +73,27 @@ static int disarm(model *m, int err) {
   return err;
 }
 
-/* A call that finds room, or does not. Above a limit that was lowered nothing new fits, but pages that are idle
-   have their memory still: a call that needs no more than these works, and then `ok` becomes 1. */
-#define EXPECT(m, call, ok)                                                                        \
-  do {                                                                                             \
-    uint64_t before_ = held(m);                                                                    \
-    arm(m);                                                                                        \
-    int err_ = disarm(m, (call));                                                                  \
-    if ((m)->failed) ok = 0;                                                                       \
-    if (err_ == KVCACHED_OK && !ok && before_ > (m)->limit && held(m) <= before_) ok = 1;          \
-    if (!(m)->failed && err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                             \
-      check_failed(__FILE__, __LINE__, "%s returned %s", #call, kvcached_err_name(err_));          \
-    (m)->refused += !ok && !(m)->failed;                                                           \
-    (m)->done += ok != 0;                                                                          \
+/* A call that finds room, or does not. Above a limit that was lowered nothing new fits, but pages that are
+   idle have their memory still: a call that needs no more than these works, and then `ok` becomes 1. */
+#define EXPECT(m, call, ok)                                                               \
+  do {                                                                                    \
+    uint64_t before_ = held(m);                                                           \
+    arm(m);                                                                               \
+    int err_ = disarm(m, (call));                                                         \
+    if ((m)->failed) ok = 0;                                                              \
+    if (err_ == KVCACHED_OK && !ok && before_ > (m)->limit && held(m) <= before_) ok = 1; \
+    if (!(m)->failed && err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                    \
+      check_failed(__FILE__, __LINE__, "%s returned %s", #call, kvcached_err_name(err_)); \
+    (m)->refused += !ok && !(m)->failed;                                                  \
+    (m)->done += ok != 0;                                                                 \
   } while (0)
 
 /* One that works unless the backend fails. */
-#define WORKS(m, call)                          \
-  do {                                          \
-    arm(m);                                     \
-    int works_ = disarm(m, (call));             \
-    if (!(m)->failed) CHECK_OK(works_);         \
+#define WORKS(m, call)                  \
+  do {                                  \
+    arm(m);                             \
+    int works_ = disarm(m, (call));     \
+    if (!(m)->failed) CHECK_OK(works_); \
   } while (0)
 
 static void set_asleep(model_region *q, int asleep) {
@@ -167,7 +168,8 @@ static void allocate(model *m, model_region *q) {
   void *p = kvcached_alloc(m->ctx, size);
   fault_clear();
   if (!p && m->faults) return;
-  if (!p != !ok) check_failed(__FILE__, __LINE__, "alloc of %zu: %p, but it %s", size, p, ok ? "fits" : "does not fit");
+  if (!p != !ok)
+    check_failed(__FILE__, __LINE__, "alloc of %zu: %p, but it %s", size, p, ok ? "fits" : "does not fit");
   m->refused += !ok;
   if (!p) return;
   *q = (model_region){.kind = KVCACHED_KV, .r = m->ctx->regions, .allocated = p};
@@ -435,7 +437,7 @@ static void play(uint32_t seed, int faults, const char *ledger, unsigned *refuse
 TEST(property, random_calls) {
   const char *ledger = scratch("ledger");
   uint32_t seed = first_seed(1);
-  unsigned refused = 0, done = 0, n = rounds(on_host() ? 30 : 12);
+  unsigned refused = 0, done = 0, n = rounds(test_page() > 64 * KIB ? 5 : 24);
   for (unsigned i = 0; i < n; i++) play(seed + i, 0, ledger, &refused, &done);
   CHECK_EQ(live_slots(ledger), 0);
   if (n > 4) CHECK_LE(n, refused); /* else the limit has not been tried */
@@ -445,7 +447,7 @@ TEST(property, random_calls) {
 TEST(property, random_calls_with_faults) {
   const char *ledger = scratch("faults");
   uint32_t seed = first_seed(1001);
-  unsigned failed = 0, done = 0, n = rounds(on_host() ? 15 : 8);
+  unsigned failed = 0, done = 0, n = rounds(test_page() > 64 * KIB ? 3 : 12);
   for (unsigned i = 0; i < n; i++) play(seed + i, 1, ledger, &failed, &done);
   CHECK_EQ(live_slots(ledger), 0);
   CHECK_LE(n, failed);

@@ -18,7 +18,8 @@ static void states_of(size_t page) {
   CHECK_EQ(kvcached_region_page_size(r), page);
   CHECK_EQ((uintptr_t)base % page, 0);
   check_context(ctx);
-  if (on_host()) CHECK(!accessible(base) && !accessible(base + 16 * page - 1) && !accessible(base + 16 * page));
+  if (on_host())
+    CHECK(!accessible(base) && !accessible(base + 16 * page - 1) && !accessible(base + 16 * page));
 
   CHECK_OK(kvcached_ensure(r, 2 * page + 5, page)); /* touches pages 2 and 3 */
   check_context(ctx);
@@ -290,8 +291,7 @@ TEST(region, read_and_write) {
   memset(buf, 'w', 6 * page);
   CHECK_OK(kvcached_write(r, 2 * page - 3, buf, 2 * page)); /* pages 1, 2 and 3 */
   CHECK_EQ(stats_of(ctx).mapped, 3 * page);
-  CHECK(holds(r, page, 0, page - 3) && holds(r, 2 * page - 3, 'w', 2 * page) &&
-        holds(r, 4 * page - 3, 0, 3));
+  CHECK(holds(r, page, 0, page - 3) && holds(r, 2 * page - 3, 'w', 2 * page) && holds(r, 4 * page - 3, 0, 3));
   CHECK_OK(kvcached_read(r, page - 10, buf, 4 * page)); /* over the border of what is there */
   CHECK(all_bytes(buf, 10 + page - 3, 0) && all_bytes(buf + 10 + page - 3, 2 * page, 'w') &&
         all_bytes(buf + 10 + page - 3 + 2 * page, page - 7, 0));

@@ -159,9 +159,7 @@ TEST(sleep, any_access_wakes) {
         break;
       case 3: CHECK_OK(kvcached_write(s.kv, s.page + 100, &byte, 1)); break;
       case 4: CHECK_OK(kvcached_clear(s.kv, s.page + 100, 5)); break;
-      default:
-        enter_and_leave(s.ctx);
-        expected = 0;
+      default: enter_and_leave(s.ctx); expected = 0;
     }
     CHECK_EQ(asleep(s.ctx), expected);
     CHECK_OK(kvcached_wake(s.ctx, KVCACHED_ALL_KINDS));
@@ -227,7 +225,7 @@ TEST(sleep, release_of_a_sleeper) {
   CHECK_OK(kvcached_ensure(r, 0, 12 * page));
   CHECK(holds(r, 0, 0, page) && holds(r, 5 * page, 0, 3 * page));
   for (size_t i = 0; i < 12; i++) put_ends(r, i, 70 + (int)i);
-  go_to_sleep(ctx, KV); /* the next copy is a new one */
+  go_to_sleep(ctx, KV);                        /* the next copy is a new one */
   CHECK_OK(kvcached_release(r, 0, 16 * page)); /* all of it: nothing sleeps any more */
   CHECK_EQ(asleep(ctx), 0);
   CHECK_OK(kvcached_ensure(r, 0, 2 * page));

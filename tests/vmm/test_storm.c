@@ -1,7 +1,7 @@
 /*
- * Eight processes on one card at once, at random: they grow, shrink, sleep and wake, limits change under them,
- * some are stopped for a while and some killed in the middle of whatever they do. What they hold is counted in
- * a file of the test's own (storm.h), which knows nothing of the ledger.
+ * Eight processes on one card at once, at random: they grow, shrink, sleep and wake, limits change under
+ * them, some are stopped for a while and some killed in the middle of whatever they do. What they hold is
+ * counted in a file of the test's own (storm.h), which knows nothing of the ledger.
  */
 #include "support.h"
 
@@ -27,7 +27,8 @@ typedef struct weather {
 
 static void start(weather *w, int i) {
   char command[400];
-  w->p[i] = peer_start_with(w->ledger, i % 2 ? "odd" : "even", LIMIT * w->page, -1, "pages=24 room_wait_ms=200");
+  w->p[i] =
+      peer_start_with(w->ledger, i % 2 ? "odd" : "even", LIMIT * w->page, -1, "pages=24 room_wait_ms=200");
   peer_expect_open(w->p[i]);
   w->stopped[i] = 0;
   snprintf(command, sizeof(command), "storm %s %d %u", w->file, i, next_random(&w->seed));
@@ -65,7 +66,8 @@ static void replace(weather *w, int i) {
 static void set_limit(weather *w, int which) {
   static const char *const group[] = {"even", "odd", NULL};
   size_t most = which == CARD_TOTAL ? CARD : LIMIT;
-  uint64_t bytes = (most / 3 + next_random(&w->seed) % most) * w->page, before = atomic_load(&w->s->limit[which]);
+  uint64_t bytes = (most / 3 + next_random(&w->seed) % most) * w->page,
+           before = atomic_load(&w->s->limit[which]);
   atomic_fetch_add(&w->s->limit_no, 1);
   if (bytes > before) atomic_store(&w->s->limit[which], bytes);
   CHECK_OK(kvcached_ledger_set_limit(w->l, group[which], bytes, 0, NULL));

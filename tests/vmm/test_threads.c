@@ -6,8 +6,8 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-/* A thread that has won nothing after its rounds goes on, up to PATIENCE times as long: that everybody wins in
-   the end is the library's promise, that everybody wins soon is the scheduler's. */
+/* A thread that has won nothing after its rounds goes on, up to PATIENCE times as long: that everybody wins
+   in the end is the library's promise, that everybody wins soon is the scheduler's. */
 enum { THREADS = 6, PATIENCE = 200, PAGES = 24 };
 
 typedef struct job {
@@ -71,7 +71,8 @@ TEST(threads, one_context) {
   _Atomic uint64_t held = 0;
   kvcached_ctx_t ctx = open_in(scratch("one"), "g", limit);
   job jobs[THREADS];
-  for (unsigned i = 0; i < THREADS; i++) jobs[i] = (job){.ctx = ctx, .held = &held, .limit = limit, .seed = i + 1, .n = few(100)};
+  for (unsigned i = 0; i < THREADS; i++)
+    jobs[i] = (job){.ctx = ctx, .held = &held, .limit = limit, .seed = i + 1, .n = few(100)};
   run_threads(use_region, jobs, THREADS);
   for (int i = 0; i < THREADS; i++) CHECK(jobs[i].won > 0);
   CHECK_EQ(stats_of(ctx).mapped, 0);
@@ -91,7 +92,8 @@ TEST(threads, contexts_of_one_group) {
   o.group = "g";
   o.limit = limit;
   o.pool_limit = 0; /* what one context keeps, another of its group may miss for good */
-  for (unsigned i = 0; i < THREADS; i++) jobs[i] = (job){.ctx = open_with(&o), .held = &held, .limit = limit, .seed = i + 1, .n = few(60)};
+  for (unsigned i = 0; i < THREADS; i++)
+    jobs[i] = (job){.ctx = open_with(&o), .held = &held, .limit = limit, .seed = i + 1, .n = few(60)};
   run_threads(use_region, jobs, THREADS);
   for (int i = 0; i < THREADS; i++) {
     CHECK(jobs[i].won > 0);

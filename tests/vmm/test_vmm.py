@@ -1,6 +1,7 @@
-"""Compiles libkvcached and its C tests and runs them: plain, and under AddressSanitizer and UBSan.
+"""Compiles libkvcached and its C tests and runs them on every backend: plain, and under the sanitizers.
 
-The work is done by vmm/Makefile; what it needs is `make` and a C compiler (`CC`, else `cc`).
+The work is done by vmm/Makefile and its program vmm_tests; what it needs is `make` and a C compiler (`CC`, else
+`cc`). `cuda` is a driver made of host memory here (tests/vmm/fake_cuda.c); on a GPU: `make -C vmm test-cuda`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 VMM = ROOT / "vmm"
+TESTS = ROOT / "tests" / "vmm"
 HEADER = VMM / "include" / "kvcached.h"
-SUITES = ("pages", "region", "system", "faults", "ledger", "files", "processes", "threads")
 SANITIZERS = {
     "plain": [],
     "asan": ["-fsanitize=address,undefined"],
     "tsan": ["-fsanitize=thread"],
 }
-CASES = [(flavour, suite) for flavour in ("plain", "asan") for suite in SUITES] + [("tsan", "threads")]
+RUNS = [
+    ("plain", "host"),
+    ("plain", "host-2m"),
+    ("plain", "cuda"),
+    ("asan", "host"),
+    ("asan", "cuda"),
+    ("tsan", "host"),
+    ("tsan", "cuda"),
+]
+JOBS = min(4, os.cpu_count() or 1)
 
 
 def compiler() -> list[str]:
@@ -33,61 +43,132 @@ def compiler() -> list[str]:
     return command
 
 
-def call(argv: list[str], timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def call(
+    argv: list[str], timeout: float = 300.0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        argv, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=timeout
-    )
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | str]:
-    """Per flavour: the folder with the test programs, or the reason why this machine cannot run it."""
-    cc = compiler()
-    if shutil.which("make") is None:
-        pytest.skip("make is not on PATH")
-    build = tmp_path_factory.mktemp("vmm")
-    probe = build / "probe.c"
-    probe.write_text("int main(void) { return 0; }\n", encoding="utf-8")
-    found: dict[str, Path | str] = {}
-    targets: list[str] = []
-    for flavour, flags in SANITIZERS.items():
-        out = build / f"probe-{flavour}"
-        done = call([*cc, *flags, "-o", str(out), str(probe)])
-        if done.returncode == 0:
-            done = call([str(out)])
-        if done.returncode != 0:
-            assert flavour != "plain", done.stderr
-            found[flavour] = (
-                f"{' '.join(cc + flags)} makes no running program here: {done.stderr.strip()[-300:]}"
-            )
-            continue
-        found[flavour] = build / flavour / "bin"
-        names = [f"test_{suite}" for case, suite in CASES if case == flavour] + ["peer"]
-        targets += [str(build / flavour / "bin" / name) for name in names]
-    jobs = min(4, os.cpu_count() or 1)
-    settings = [f"BUILD={build}", f"CC={' '.join(cc)}", "CFLAGS=-O1 -g -Werror"]
-    done = call(["make", "-C", str(VMM), f"-j{jobs}", *settings, *targets])
-    assert done.returncode == 0, done.stderr[-8000:]
-    return found
-
-
-@pytest.mark.parametrize(("flavour", "suite"), CASES, ids=[f"{flavour}-{suite}" for flavour, suite in CASES])
-def test_suite(programs: dict[str, Path | str], flavour: str, suite: str, tmp_path: Path) -> None:
-    where = programs[flavour]
-    if isinstance(where, str):
-        pytest.skip(where)
-    done = subprocess.run(
-        [str(where / f"test_{suite}")],
+        argv,
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=120,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
     )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    assert re.search(r"^ok ", done.stdout, re.MULTILINE), done.stdout
+
+
+class Build:
+    """What vmm/Makefile made: `programs` per flavour, or why this machine cannot run it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.programs: dict[str, Path | str] = {}
+
+    def program(self, flavour: str) -> Path:
+        found = self.programs[flavour]
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    def environment(self, backend: str) -> dict[str, str]:
+        if backend != "cuda":
+            return {"KVCACHED_BACKEND": backend}
+        return {
+            "KVCACHED_BACKEND": "cuda",
+            "LD_LIBRARY_PATH": str(self.folder / "fake"),
+            "FAKE_CUDA_MEMORY": str(8 << 30),
+            "FAKE_CUDA_GRANULARITY": str(64 << 10),
+            "FAKE_CUDA_STRICT": "1",
+        }
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    cc = compiler()
+    if shutil.which("make") is None:
+        pytest.skip("make is not on PATH")
+    made = Build(tmp_path_factory.mktemp("vmm"))
+    probe = made.folder / "probe.c"
+    probe.write_text("int main(void) { return 0; }\n", encoding="utf-8")
+    targets = [made.folder / "fake" / "libcuda.so.1"]
+    for flavour, flags in SANITIZERS.items():
+        out = made.folder / f"probe-{flavour}"
+        done = call([*cc, *flags, "-o", str(out), str(probe)])
+        if done.returncode == 0:
+            done = call([str(out)])
+        if done.returncode == 0:
+            made.programs[flavour] = made.folder / flavour / "vmm_tests"
+            targets.append(made.folder / flavour / "vmm_tests")
+            if flavour == "asan":
+                targets.append(made.folder / "fuzz_ledger")
+        else:
+            assert flavour != "plain", done.stderr
+            command = " ".join(cc + flags)
+            made.programs[flavour] = f"{command} makes no running program here: {done.stderr.strip()[-300:]}"
+    settings = [f"BUILD={made.folder}", f"CC={' '.join(cc)}", "CFLAGS=-O1 -g -Werror"]
+    done = call(["make", "-C", str(VMM), f"-j{JOBS}", *settings, *map(str, targets)])
+    assert done.returncode == 0, done.stderr[-8000:]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("flavour", "backend"), RUNS, ids=[f"{flavour}-{backend}" for flavour, backend in RUNS]
+)
+def test_suites(build: Build, flavour: str, backend: str, tmp_path: Path) -> None:
+    program = build.program(flavour)
+    env = {**build.environment(backend), "TMPDIR": str(tmp_path)}
+    done = call([str(program), "--jobs", str(JOBS), "--timeout", "120"], env=env)
+    told = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("ok "))
+    assert done.returncode == 0, f"exit {done.returncode}\n{told[-8000:]}\n{done.stderr[-4000:]}"
+    counts = dict(re.findall(r"^(\S+): (\d+ passed, 0 failed), \d+ skipped$", done.stdout, re.MULTILINE))
+    assert backend in counts, done.stdout[-2000:]
+    if backend == "cuda":
+        assert "skip " not in told
     assert list(tmp_path.iterdir()) == [], "scratch files were left behind"
+
+
+def test_damaged_ledgers(build: Build, tmp_path: Path) -> None:
+    build.program("asan")
+    corpus = sorted(map(str, (TESTS / "corpus").iterdir()))
+    assert corpus
+    fuzzer = build.folder / "fuzz_ledger"
+    listed = call([str(fuzzer), "-help=1"]) if "clang" in " ".join(compiler()) else None
+    runs = ["-runs=0"] if listed and "libFuzzer" in listed.stdout + listed.stderr else []
+    done = call([str(fuzzer), *runs, *corpus], env={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def test_the_documentation_names_tests_that_exist(build: Build) -> None:
+    done = call([str(build.program("plain")), "--list"], env=build.environment("cuda"))
+    assert done.returncode == 0, done.stderr
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    suites = {name.partition(".")[0] for name in names}
+    text = (ROOT / "docs" / "vmm.md").read_text(encoding="utf-8")
+    named = {
+        name for name in re.findall(r"`([a-z_]+\.[a-z0-9_]+)`", text) if name.partition(".")[0] in suites
+    }
+    assert len(named) >= 100
+    assert sorted(named - names) == []
+
+
+def test_ctest(tmp_path: Path) -> None:
+    """Configures, builds and runs a part of it: that the rest of the suites pass is shown above."""
+    compiler()
+    if shutil.which("cmake") is None or shutil.which("ctest") is None:
+        pytest.skip("cmake and ctest are not on PATH")
+    configured = call(["cmake", "-S", str(TESTS), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Debug"])
+    assert configured.returncode == 0, configured.stderr
+    done = call(["cmake", "--build", str(tmp_path), f"-j{JOBS}"])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    listed = call(["ctest", "--test-dir", str(tmp_path), "-N"]).stdout
+    for backend in ("host", "host-2m", "cuda"):
+        for suite in ("region", "sleep", "faults", "storm"):
+            assert f" {backend}.{suite}\n" in listed, listed
+    done = call(
+        ["ctest", "--test-dir", str(tmp_path), f"-j{JOBS}", "-R", r"\.(region|pages|backend|strangers)$"]
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "cuda.region" in done.stdout
 
 
 def build_library(out: Path, *flags: str) -> None:
@@ -111,7 +192,9 @@ def test_one_line_build_exports_the_header(tmp_path: Path) -> None:
     build_library(library, "-Wall", "-Wextra", "-Wpedantic", "-Werror")
     text = HEADER.read_text(encoding="utf-8")
     declared = set(re.findall(r"^KVCACHED_API[^;]*?\b(kvcached_\w+)\(", text, re.MULTILINE))
-    assert len(declared) >= 25
+    assert len(declared) >= 45
+    six = {"init", "shutdown", "alloc", "free", "available", "set_limit"}
+    assert {f"kvcached_{name}" for name in six} <= declared
     if shutil.which("nm") is None:
         pytest.skip("nm is not on PATH")
     listing = call(["nm", "-D", "--defined-only", str(library)])
@@ -121,6 +204,7 @@ def test_one_line_build_exports_the_header(tmp_path: Path) -> None:
     forbidden |= {"signal", "sigaction"}
     used = {line.split()[-1].split("@")[0] for line in imported.splitlines()}
     assert not used & forbidden, "the library must not end, print in or change its host process"
+    assert not {name for name in used if name.startswith("cu")}, "the driver is loaded at run time alone"
 
 
 @pytest.mark.parametrize("cc", ["gcc", "clang"])
@@ -134,11 +218,12 @@ def test_other_compilers_have_no_complaint(cc: str) -> None:
         "-Wconversion",
         "-Wshadow",
         "-Wstrict-prototypes",
+        "-Wmissing-prototypes",
         "-Werror",
     ]
-    for source in sorted((VMM / "src").glob("*.c")):
-        done = call([cc, "-std=c11", "-O1", "-fsyntax-only", *warnings, str(source)])
-        assert done.returncode == 0, done.stderr
+    sources = sorted(map(str, (VMM / "src").glob("*.c")))
+    done = call([cc, "-std=c11", "-O1", "-fsyntax-only", *warnings, *sources])
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("standard", ["c++11", "c++20"])
