@@ -176,15 +176,36 @@ TEST_HOST(files, content) {
   uint32_t number = 99;
   write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, version));
   check_refused(path, "version 99");
-  number = 1;
-  path = good_file("older");
-  write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, version));
-  CHECK(truncate(path, 36864) == 0); /* as large as that version's was */
-  check_refused(path, "version 1, this library has version 2");
-  number = 99;
   path = good_file("slots");
   write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, slots));
   check_refused(path, "damaged");
+}
+
+/* An older version's file that nobody uses is replaced: otherwise a new release would not start before the
+   machine does. One in use is left alone and said to be. */
+TEST_HOST(files, older_version) {
+  const char *path = good_file("older");
+  uint32_t number = 1;
+  write_file(path, &number, sizeof(number), offsetof(kvc_ledger_map, version));
+  CHECK(truncate(path, 36864) == 0); /* as large as that version's was */
+  int fd = open(path, O_RDWR | O_CLOEXEC);
+  CHECK(fd >= 0);
+  /* a slot's lock, where that version had it too */
+  struct flock slot = {
+      .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = ((off_t)1 << 30) + 64 + 5, .l_len = 1};
+  CHECK(fcntl(fd, F_OFD_SETLK, &slot) == 0);
+  check_refused(path, "version 1 that other processes use, this library has version 2");
+  struct stat before, after;
+  CHECK(stat(path, &before) == 0 && before.st_size == 36864);
+
+  slot.l_type = F_UNLCK;
+  CHECK(fcntl(fd, F_OFD_SETLK, &slot) == 0);
+  kvcached_ctx_t ctx = open_in(path, "g", 100);
+  CHECK_EQ(live_slots(path), 1);
+  CHECK(stat(path, &after) == 0 && after.st_ino != before.st_ino);
+  CHECK(fstat(fd, &before) == 0 && before.st_size == 36864); /* whoever had it mapped keeps it */
+  close(fd);
+  kvcached_shutdown(ctx);
 }
 
 /* A creator that died half way leaves a file with no magic: it is finished by the next. */

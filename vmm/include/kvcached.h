@@ -390,8 +390,9 @@ KVCACHED_API int kvcached_ledger_default_path(const char *device, char *out, siz
 
 /* Opens the ledger to look, lease or command; takes no slot, no driver and no thread. path: NULL = that of
    the host. E_LEDGER: not a plain file of this user with mode 0600, another size or version, torn, no space;
-   the detail says which. E_NOMEM, E_INVAL. Deleting the file while processes use it splits them from later
-   ones: limits then hold for each half alone. */
+   the detail says which. E_NOMEM, E_INVAL. A file of an older version that nobody has a slot in is replaced.
+   Deleting the file while processes use it splits them from later ones: limits then hold for each half
+   alone. */
 KVCACHED_API int kvcached_ledger_open(const char *path, kvcached_ledger_t *out);
 
 /* Drops all leases taken through this handle. NULL is allowed. */

@@ -109,9 +109,10 @@ static int write_at(int fd, const void *buf, size_t len, off_t off) {
   return n >= 0 && (size_t)n == len ? 0 : -1;
 }
 
-/* 1: a finished ledger of ours. 0: empty, or left unfinished by a creator that died. Negative: something
- * else. */
-static int check_content(const char *path, int fd, off_t size) {
+/* 1: a finished ledger of ours. 0: empty, or left unfinished by a creator that died. OLDER: of the version
+ *older, before this library's. Negative: something else. */
+#define OLDER 2
+static int check_content(const char *path, int fd, off_t size, uint32_t *older) {
   struct {
     uint64_t magic;
     uint32_t version, slots, slot_size, header_size;
@@ -123,6 +124,10 @@ static int check_content(const char *path, int fd, off_t size) {
     if (head.magic == 0 && size == (off_t)sizeof(kvc_ledger_map)) return 0;
     if (head.magic != KVC_LEDGER_MAGIC)
       return kvc_fail(KVCACHED_E_LEDGER, "%s is not a ledger of this library", path);
+    if (head.version > 0 && head.version < KVC_LEDGER_VERSION) {
+      *older = head.version;
+      return OLDER;
+    }
     if (head.version != KVC_LEDGER_VERSION)
       return kvc_fail(KVCACHED_E_LEDGER,
                       "%s is a ledger of version %u, this library has version %u: end the processes that use "
@@ -164,6 +169,28 @@ static int fill_in(const char *path, int fd) {
   return KVCACHED_OK;
 }
 
+static int is_at(const char *path, int fd) {
+  struct stat ours, there;
+  return fstat(fd, &ours) == 0 && lstat(path, &there) == 0 && there.st_dev == ours.st_dev &&
+         there.st_ino == ours.st_ino;
+}
+
+/* Takes an older version's file out of the way when nobody has a slot in it: 1 when it is gone and path is to
+   be opened anew, 0 when it is in use. Whoever has it mapped keeps what it has: the name goes, the content
+   does not. The lock on all its bytes keeps others from taking a slot meanwhile. */
+static int replace_older(const char *path, int fd) {
+  /* Two that replace it at once are in each other's way for a moment. */
+  for (int tries = 0; set_lock(fd, F_WRLCK, LOCK_BASE, 0) != 0; tries++) {
+    if (tries == 20) return 0;
+    (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+  }
+  /* Another process may have been quicker: then the path names its new file. */
+  int gone = !is_at(path, fd) || unlink(path) == 0 || errno == ENOENT;
+  (void)set_lock(fd, F_UNLCK, LOCK_BASE, 0);
+  return gone;
+}
+
+/* 0, negative, or OLDER: open the path anew. */
 static int check_or_create(const char *path, int fd) {
   int locked = 0, err = KVCACHED_OK;
   const int64_t deadline = kvc_now_ns() + INT64_C(1000000) * CREATE_WAIT_MS;
@@ -177,7 +204,14 @@ static int check_or_create(const char *path, int fd) {
     if (err) break;
     /* A creator at work shows as an unfinished file; only with the lock in hand is it known to be a dead
      * one's. */
-    err = check_content(path, fd, st.st_size);
+    uint32_t older;
+    err = check_content(path, fd, st.st_size, &older);
+    if (err == OLDER && !replace_older(path, fd))
+      err =
+          kvc_fail(KVCACHED_E_LEDGER,
+                   "%s is a ledger of version %u that other processes use, this library has version %u: end "
+                   "them, the file is replaced then",
+                   path, older, KVC_LEDGER_VERSION);
     if (err != 0) break;
     if (locked) {
       err = fill_in(path, fd);
@@ -197,7 +231,7 @@ static int check_or_create(const char *path, int fd) {
     }
   }
   if (locked) (void)set_lock(fd, F_UNLCK, LOCK_CREATE, 1);
-  return err < 0 ? err : KVCACHED_OK;
+  return err == OLDER || err < 0 ? err : KVCACHED_OK;
 }
 
 static int open_file(const char *path, int flags, int *fd) {
@@ -233,10 +267,17 @@ static int map_file(const char *path, int fd, kvc_ledger_map **out) {
 }
 
 int kvc_ledger_file_open(const char *path, int *fd_out, kvc_ledger_map **map_out) {
-  int fd;
-  int err = open_file(path, O_CREAT, &fd);
-  if (err) return err;
-  err = check_or_create(path, fd);
+  int fd, err;
+  for (int tries = 0;; tries++) {
+    err = open_file(path, O_CREAT, &fd);
+    if (err) return err;
+    err = check_or_create(path, fd);
+    if (err != OLDER) break;
+    (void)close(fd);
+    /* Somebody puts old files there faster than they can be replaced. */
+    if (tries == 9)
+      return kvc_fail(KVCACHED_E_LEDGER, "%s keeps becoming a ledger of an older version", path);
+  }
   if (!err) err = map_file(path, fd, map_out);
   if (err) {
     (void)close(fd);
@@ -247,10 +288,7 @@ int kvc_ledger_file_open(const char *path, int *fd_out, kvc_ledger_map **map_out
 }
 
 int kvc_ledger_file_check_path(const char *path, int fd) {
-  struct stat ours, there;
-  if (fstat(fd, &ours) != 0) return kvc_fail_errno(KVCACHED_E_LEDGER, errno, "looking at %s", path);
-  if (lstat(path, &there) == 0 && there.st_dev == ours.st_dev && there.st_ino == ours.st_ino)
-    return KVCACHED_OK;
+  if (is_at(path, fd)) return KVCACHED_OK;
   return kvc_fail(KVCACHED_E_LEDGER,
                   "%s was deleted or replaced while this process used it, and a child would not find its "
                   "slot: start this process again",
