@@ -4,7 +4,8 @@
  *
  *   vmm_tests --peer LEDGER GROUP LIMIT SLOT MORE      GROUP "-": none given
  *
- * MORE: words of host_limit=, room_wait_ms=, pool_limit=, pages= (of its KV region), and no_control.
+ * MORE: words of host_limit=, room_wait_ms=, pool_limit=, pages= (of its KV region), slow= (milliseconds that
+ * each call of the backend takes longer), and no_control.
  *
  * Its first line is "open" or the error's name. Then one reply a command, "ok" or the error's name:
  *
@@ -26,6 +27,7 @@
  *   fork                    makes a child without exec that only waits for the input to close
  */
 #include "context.h"
+#include "fault.h"
 #include "runner.h"
 #include "storm.h"
 #include "support.h"
@@ -105,33 +107,60 @@ typedef struct sky {
 } sky;
 
 static void hold_bytes(sky *k, int64_t bytes) {
+  atomic_store(&k->s->changing[k->me], 1);
   atomic_fetch_add(&k->s->mine[k->me], bytes);
   storm_add(k->s, k->me, bytes);
+  atomic_store(&k->s->changing[k->me], 0);
 }
 
-static void let_go(sky *k) {
-  int64_t mine = atomic_load(&k->s->mine[k->me]);
-  storm_add(k->s, k->me, -mine);
-  atomic_store(&k->s->mine[k->me], 0);
-}
+static void let_go(sky *k) { hold_bytes(k, -atomic_load(&k->s->mine[k->me])); }
 
 static uint64_t memory(void) {
   kvcached_stats_t s = stats_of(ctx);
   return s.mapped + s.pooled;
 }
 
-/* After a call that got more memory than there was `before`, all that is held must be within the limit, if
-   that was the same all the time since `limit_no`. (Where a limit was lowered, what is in use stays in use.)
- */
+/* What the ledger and the account say at the moment, for whoever has to find out how it came. */
+static void tell(const sky *k, int which, int64_t total, uint64_t limit, uint64_t before, uint64_t after) {
+  kvcached_slot_t all[16];
+  size_t n = 0;
+  char line[2000];
+  all[0].struct_size = sizeof(all[0]);
+  (void)kvcached_ledger_slots(ctx->ledger, all, 16, &n);
+  int len = snprintf(line, sizeof(line),
+                     "peer %d got more (%" PRIu64 " after %" PRIu64 "), total %d is %" PRId64
+                     " above %" PRIu64 "; slots (pid group claim+asked inside):",
+                     k->me, after / page, before / page, which, total / (int64_t)page, limit / page);
+  for (size_t i = 0; i < n && i < 16 && len < 1800; i++)
+    len += snprintf(line + len, sizeof(line) - (size_t)len, " %lld %s %" PRIu64 "+%" PRIu64 " %u,",
+                    (long long)all[i].pid, all[i].group, all[i].claim / page,
+                    (all[i].charge - all[i].claim) / page, all[i].inside);
+  len += snprintf(line + len, sizeof(line) - (size_t)len, " account:");
+  for (int i = 0; i < STORM_PEERS && len < 1950; i++)
+    len += snprintf(line + len, sizeof(line) - (size_t)len, " %" PRId64,
+                    atomic_load(&k->s->mine[i]) / (int64_t)page);
+  fprintf(stderr, "%s\n", line);
+}
+
+/* After a call that got more memory than there was `before`, all that is held must be within the limits, if
+   they were the same all the time since `limit_no`. (Where one was lowered, what is in use stays in use.) */
 static void check_limit(sky *k, uint64_t limit_no, uint64_t before) {
-  if (memory() <= before) return;
-  int over = 0;
-  for (int t = 0; t < TOTALS; t++)
-    if (t == CARD_TOTAL || t == k->me % 2)
-      over |= atomic_load(&k->s->total[t]) > (int64_t)atomic_load(&k->s->limit[t]);
+  uint64_t after = memory();
+  if (after <= before) return;
+  int64_t total[TOTALS];
+  uint64_t limit[TOTALS];
+  for (int t = 0; t < TOTALS; t++) {
+    total[t] = atomic_load(&k->s->total[t]);
+    limit[t] = atomic_load(&k->s->limit[t]);
+  }
   if (limit_no % 2 != 0 || atomic_load(&k->s->limit_no) != limit_no) return;
   atomic_fetch_add(&k->s->checked, 1);
-  if (over) atomic_fetch_add(&k->s->over, 1);
+  for (int t = 0; t < TOTALS; t++) {
+    if (t != CARD_TOTAL && t != k->me % 2) continue;
+    if (total[t] <= (int64_t)limit[t]) continue;
+    atomic_fetch_add(&k->s->over, 1);
+    tell(k, t, total[t], limit[t], before, after);
+  }
 }
 
 /* One visit: in through the gate, something done, everything looked at, out again. */
@@ -346,6 +375,8 @@ static void read_more(kvcached_options_t *o, char *more) {
       o->room_wait_ms = (uint32_t)v;
     else if (sscanf(w, "pool_limit=%llu", &v) == 1)
       o->pool_limit = v;
+    else if (sscanf(w, "slow=%llu", &v) == 1)
+      fault_delay(FAULT_ANY, (unsigned)v);
     else if (sscanf(w, "pages=%llu", &v) == 1)
       pages = (size_t)v;
     else if (strcmp(w, "no_control") == 0)

@@ -11,10 +11,11 @@ enum { EVEN, ODD, CARD_TOTAL, TOTALS }; /* peer i is of group i % 2 */
 
 /* `total` is what peers hold together while they are inside their gates, raised after memory was had and
    lowered before it is let go: so it never passes what is really held, and what is held must never pass the
-   limit. `mine` is one peer's part, raised before the totals and lowered after them. */
+   limit. `mine` is one peer's part of them. */
 typedef struct storm {
   _Atomic int64_t total[TOTALS];
   _Atomic int64_t mine[STORM_PEERS];
+  _Atomic int changing[STORM_PEERS];   /* in the middle of changing both */
   _Atomic uint64_t limit[TOTALS];      /* raised before it is raised in the ledger, lowered after */
   _Atomic uint64_t limit_no;           /* odd while one is being changed */
   _Atomic uint32_t stops[STORM_PEERS]; /* how often a peer was stopped: its clock went on meanwhile */
