@@ -150,7 +150,7 @@ static void command(int from, unsigned flags) {
 static void pick(void) {
   uint64_t asked[2] = {0, 0};
   for (int sleep = 0; sleep < 2; sleep++) {
-    int victim = kvc_ledger_pick_victim(user[0], 0, sleep, asked);
+    int victim = kvc_ledger_pick_victim(user[0], 0, sleep, 0, asked);
     MUST(victim >= -1 && victim < KVC_LEDGER_SLOTS && victim != 0);
   }
 }

@@ -382,29 +382,33 @@ TEST_HOST(ledger, victims) {
   make_victim(m, b, 50 * second, 1, 1);
   make_victim(m, c, 20 * second, 0, 1);
   uint64_t asked[2] = {0, 0};
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, asked), b.slot); /* unused the longest */
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 0, asked), b.slot); /* unused the longest */
   asked[b.slot / 64] |= UINT64_C(1) << (b.slot % 64);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, asked), a.slot); /* c has nothing idle */
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), c.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 0, asked), a.slot); /* c has nothing idle */
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), c.slot);
   asked[a.slot / 64] |= UINT64_C(1) << (a.slot % 64);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, asked), -1); /* its own group is not asked */
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 0, asked), -1); /* its own group is not asked */
   asked[0] = asked[1] = 0;
   kvc_ledger_mark_queued(b.ledger, b.slot, 1);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), c.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), c.slot);
   kvc_ledger_mark_queued(b.ledger, b.slot, 0);
   atomic_store(&m->slot[b.slot].inside, 1);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), c.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), c.slot);
   atomic_store(&m->slot[b.slot].inside, 0);
   kvc_ledger_mark_woke(b.ledger, b.slot);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), c.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), c.slot);
   atomic_store(&m->slot[b.slot].woke_ns, (uint64_t)kvc_now_ns() - 2 * second);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), b.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), b.slot);
   kvc_ledger_control(b.ledger, b.slot, 0);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), c.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), c.slot);
   user_end(&c);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), a.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), a.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 1, asked), a.slot);
+  atomic_store(&m->slot[a.slot].lease, atomic_load(&m->slot[a.slot].claim)); /* its charge would stay */
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), a.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 1, asked), -1);
   atomic_store(&m->slot[a.slot].claim, 0);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, asked), -1);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), -1);
   unmap_ledger(m);
   user_end(&me);
   user_end(&mate);

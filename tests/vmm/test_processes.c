@@ -315,6 +315,32 @@ TEST(processes, idle_memory_of_others_is_asked_for_first) {
   release_all(&t);
 }
 
+/* What a lease sets aside stays charged, however little of it is in use: taking that would help nobody. */
+TEST(processes, no_victim_within_its_lease) {
+  const size_t page = test_page();
+  tight t = {.path = scratch("leased")};
+  int slot;
+  CHECK_OK(kvcached_ledger_open(t.path, &t.l));
+  CHECK_OK(kvcached_ledger_set_limit(t.l, NULL, 20 * page, 0, NULL));
+  CHECK_OK(kvcached_ledger_lease(t.l, "theirs", "m", 16 * page, 0, UINT64_MAX, &slot));
+  t.ctx = open_in(t.path, "mine", UINT64_MAX);
+  t.r = reserve(t.ctx, KVCACHED_KV, 64 * page);
+  t.p = peer_start(t.path, "theirs", UINT64_MAX, slot);
+  peer_expect_open(t.p);
+  peer_expect(t.p, "fill 16 7", "ok");
+  peer_expect(t.p, "release 4", "ok");
+  CHECK_IS(kvcached_ensure(t.r, 0, 12 * page), KVCACHED_E_LIMIT);
+  expect_asleep(t.p, 0);
+  CHECK_EQ(slot_in(t.path, slot).idle, 4 * page);
+  peer_expect(t.p, "ensure 18", "ok"); /* beyond the lease, and so worth asking */
+  CHECK_IS(kvcached_ensure(t.r, 0, 12 * page), KVCACHED_E_LIMIT);
+  expect_asleep(t.p, 18 * page);
+  CHECK_OK(kvcached_ensure(t.r, 0, 4 * page));
+  kvcached_shutdown(t.ctx);
+  peer_stop(&t.p);
+  kvcached_ledger_close(t.l);
+}
+
 TEST(processes, others_sleep_where_that_is_not_enough) {
   const size_t page = test_page();
   tight t = squeeze("others-sleep", "theirs", "");

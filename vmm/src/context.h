@@ -221,6 +221,7 @@ typedef struct kvc_room {
   int64_t deadline_ns;  /* 0: not begun */
   uint64_t asked[2][2]; /* slots asked to trim, to sleep */
   int late;             /* one of them did not answer in time and may still be at it */
+  int charged;          /* the card's limit is short, rather than its memory */
 } kvc_room;
 
 /* Gives up ready, idle and pooled memory of the context for about `bytes` of it, but pages [first, end) of

@@ -126,6 +126,7 @@ static int find_room(ensuring *e, int err, const kvc_shortage *shortage) {
   }
   if (!others) return 0;
   e->quiet = 0; /* while the mutex is let go of, others launch work */
+  e->room.charged = err == KVCACHED_E_LIMIT;
   return kvc_make_room(r->ctx, &e->room);
 }
 

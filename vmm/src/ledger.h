@@ -78,8 +78,10 @@ void kvc_ledger_ring(kvcached_ledger_t ledger, int slot);
 /* Picks the slot of another group that should be asked next to make room: attached, controlled, nobody
    inside, no requests queued, not woken within the last 2 s, not in `asked` (bits, KVCACHED slots / 64
    words), with something to give; least recently used first. want_sleep 0: it has idle or pooled memory; 1:
-   it has any memory. -1: none. */
-int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, const uint64_t *asked);
+   it has any memory. charged 1: a limit is short, so its charge has to fall with that; within its lease it
+   does not. -1: none. */
+int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, int charged,
+                           const uint64_t *asked);
 
 /* Milliseconds and nanoseconds of CLOCK_MONOTONIC. */
 int64_t kvc_now_ns(void);

@@ -109,7 +109,8 @@ static int64_t age(uint64_t mark_ns, int64_t unknown) {
   return now - (int64_t)mark_ns;
 }
 
-int kvc_ledger_pick_victim(kvcached_ledger_t l, int slot, int want_sleep, const uint64_t *asked) {
+int kvc_ledger_pick_victim(kvcached_ledger_t l, int slot, int want_sleep, int charged,
+                           const uint64_t *asked) {
   char own[KVCACHED_GROUP_MAX + 1];
   kvc_text_get(l->map->slot[slot].group, KVC_WORDS(l->map->slot[slot].group), own);
   int best = -1;
@@ -120,6 +121,7 @@ int kvc_ledger_pick_victim(kvcached_ledger_t l, int slot, int want_sleep, const 
     if (describe(l, i, &one) <= 0) continue;
     if (!one.attached || !one.controlled || one.inside || one.queued || strcmp(one.group, own) == 0) continue;
     if (want_sleep ? one.claim == 0 : one.idle == 0 && one.pooled == 0) continue;
+    if (charged && one.lease >= kvc_sat_add(one.fixed, one.claim)) continue;
     if (age(one.woke_ns, INT64_MAX) < JUST_WOKEN_NS) continue;
     int64_t unused = age(one.last_use_ns, INT64_MAX);
     if (best < 0 || unused > best_age) {

@@ -112,7 +112,7 @@ static uint32_t left_ms(const kvc_room *room) {
 static int ask(struct kvcached_ctx *ctx, kvc_room *room, int sleep) {
   uint32_t left;
   while ((left = left_ms(room)) > 0) {
-    int slot = kvc_ledger_pick_victim(ctx->ledger, ctx->slot, sleep, room->asked[sleep]);
+    int slot = kvc_ledger_pick_victim(ctx->ledger, ctx->slot, sleep, room->charged, room->asked[sleep]);
     if (slot < 0) return 0;
     room->asked[sleep][slot / 64] |= UINT64_C(1) << (slot % 64);
     /* A process that hangs has only half of what is left, so that the next ones are asked too. */

@@ -170,6 +170,7 @@ static int wake(struct kvcached_ctx *ctx, unsigned kinds, struct kvcached_region
     if (kvc_wait_busy(ctx)) continue;
     if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, 0, 0) > 0) continue;
     if (err == KVCACHED_E_LIMIT && (shortage.group > 0 || shortage.card == 0)) break;
+    room.charged = err == KVCACHED_E_LIMIT;
     if (!kvc_make_room(ctx, &room)) break;
   }
   if (woken > 0) {
