@@ -602,6 +602,46 @@ TEST(sleep, idle_memory_gives_way_to_waking) {
   kvcached_shutdown(ctx);
 }
 
+/* ---- the device is idle first ---- */
+
+static void do_trim(const scene *s) { CHECK_IS(kvcached_trim(s->ctx, 0, NULL), KVCACHED_E_DEVICE); }
+static void do_sleep(const scene *s) {
+  CHECK_IS(kvcached_sleep(s->ctx, KVCACHED_ALL_KINDS, 100, NULL), KVCACHED_E_DEVICE);
+}
+static void do_set_limit(const scene *s) {
+  kvcached_set_limit(s->ctx, 0);
+  kvcached_set_limit(s->ctx, SIZE_MAX);
+}
+static void do_pressure(const scene *s) {
+  const uint64_t held = stats_of(s->ctx).mapped;
+  kvcached_set_limit(s->ctx, held);
+  CHECK_IS(kvcached_ensure(s->kv, 20 * s->page, s->page), KVCACHED_E_LIMIT); /* idle pages must not go */
+  kvcached_set_limit(s->ctx, SIZE_MAX);
+}
+static void do_unreserve(const scene *s) { kvcached_unreserve(s->scratch); }
+
+/* Work on the device may use a page until the device is idle. Where the driver cannot say that it is, no
+   memory goes, whatever asks for it. */
+TEST(sleep, nothing_goes_before_the_device_is_idle) {
+  static void (*const ways[])(const scene *) = {do_trim, do_sleep, do_set_limit, do_pressure, do_unreserve};
+  scene s = set_up_in("idle");
+  for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++) {
+    unsigned unmaps = fault_calls(FAULT_UNMAP), ends = fault_calls(FAULT_DESTROY);
+    unsigned failures = fault_failures(FAULT_QUIESCE);
+    fault_every(FAULT_QUIESCE, 1, KVCACHED_E_DEVICE);
+    ways[i](&s);
+    fault_clear();
+    CHECK(fault_failures(FAULT_QUIESCE) > failures);
+    CHECK_EQ(fault_calls(FAULT_UNMAP), unmaps);
+    CHECK_EQ(fault_calls(FAULT_DESTROY), ends);
+    CHECK(kv_is_there(&s) && filled(s.weights, 3, 60));
+    check_context(s.ctx);
+  }
+  CHECK_OK(kvcached_trim(s.ctx, 0, NULL));
+  CHECK_EQ(stats_of(s.ctx).idle, 0);
+  kvcached_shutdown(s.ctx);
+}
+
 /* ---- threads ---- */
 
 typedef struct waker {
