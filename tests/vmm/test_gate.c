@@ -231,6 +231,36 @@ TEST(gate, newcomers_wait_a_bounded_time) {
   kvcached_shutdown(g.ctx);
 }
 
+/* What nobody may touch is no reason to wait for those inside without end. */
+TEST(gate, idle_pages_go_also_then) {
+  const size_t page = test_page();
+  kvcached_options_t o;
+  test_options(&o);
+  o.room_wait_ms = 100;
+  o.pool_limit = 0;
+  o.limit = 8 * page;
+  guest g = {.ctx = open_with(&o)};
+  kvcached_region_t r = reserve(g.ctx, KVCACHED_KV, 16 * page);
+  CHECK_OK(kvcached_ensure(r, 0, 8 * page));
+  put(r, 0, 'i', 2 * page);
+  pthread_t inside = go(stay, &g);
+  WAIT_FOR(g.stage == 1);
+  CHECK_OK(kvcached_release(r, 2 * page, 6 * page));
+  CHECK_OK(kvcached_ensure(r, 8 * page, 4 * page)); /* room that is the context's own */
+  CHECK_EQ(stats_of(g.ctx).mapped, 8 * page);
+  CHECK_EQ(stats_of(g.ctx).idle, 2 * page);
+  int64_t start = now_ms();
+  kvcached_set_limit(g.ctx, 0);
+  CHECK_LE(now_ms() - start, 1500);
+  CHECK_EQ(stats_of(g.ctx).idle, 0);
+  CHECK_EQ(stats_of(g.ctx).mapped, 6 * page);
+  CHECK(holds(r, 0, 'i', 2 * page) && holds(r, 8 * page, 0, 4 * page));
+  g.stage = 4;
+  pthread_join(inside, NULL);
+  check_context(g.ctx);
+  kvcached_shutdown(g.ctx);
+}
+
 TEST(gate, contexts_have_their_own) {
   kvcached_ctx_t a = open_alone(0, UINT64_MAX), b = open_alone(0, UINT64_MAX);
   CHECK_OK(kvcached_enter(a));

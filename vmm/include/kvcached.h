@@ -216,9 +216,11 @@ KVCACHED_API size_t kvcached_page_size(kvcached_ctx_t ctx);
 
 /*
  * kvcached_enter and kvcached_leave bracket everything that may touch the memory, on the CPU or by work
- * launched on the device: sleep, trim and the drain of a lowered limit happen only while nobody is inside,
- * and then only after the device is idle. So what a thread does between enter and leave, and the device work
- * launched there, never meets a page that goes away; addresses stay, and captured CUDA graphs stay valid.
+ * launched on the device: sleep, trim and commands of others happen only while nobody is inside, and then
+ * only after the device is idle. So what a thread does between enter and leave, and the device work launched
+ * there, never meets a page in use that goes away; addresses stay, and captured CUDA graphs stay valid. Idle
+ * pages, whose content was released, also go while threads are inside, once the device is idle: where this
+ * context itself needs their room, or where its kvcached_set_limit could not have the gate in time.
  */
 
 /* Enters, shared with other threads, and wakes whatever sleeps. Waits for a sleep or trim under way. A thread
