@@ -413,6 +413,30 @@ TEST(api, log) {
   kvcached_shutdown(ctx);
 }
 
+/* It returns nothing, so the log has to say when another limit is in force after. */
+TEST(api, set_limit_says_when_it_failed) {
+  const char *path = scratch("last-revision");
+  kvcached_options_t o;
+  kvcached_ledger_t l;
+  test_options(&o);
+  o.ledger_path = path;
+  o.group = "g";
+  o.log = count_message;
+  o.log_user = &messages;
+  kvcached_ctx_t ctx = open_with(&o);
+  CHECK_OK(kvcached_ledger_open(path, &l));
+  int before = messages;
+  kvcached_set_limit(ctx, 1 * MIB);
+  CHECK_EQ(messages, before);
+  CHECK_OK(kvcached_ledger_set_limit(l, "g", 2 * MIB, UINT32_MAX, NULL));
+  kvcached_set_limit(ctx, 3 * MIB);
+  CHECK_EQ(messages, before + 1);
+  CHECK_DETAIL("4294967295");
+  CHECK_EQ(stats_of(ctx).limit, 2 * MIB);
+  kvcached_ledger_close(l);
+  kvcached_shutdown(ctx);
+}
+
 /* Threads of this process by the mask of signals they block: those that block all of them are not ours. */
 static int threads(int *blocking) {
   DIR *d = opendir("/proc/self/task");

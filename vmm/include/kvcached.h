@@ -130,7 +130,8 @@ KVCACHED_API size_t kvcached_available(kvcached_ctx_t ctx);
 
 /* Sets the limit of the context's group, at the next revision, as kvcached_ledger_set_limit does; SIZE_MAX
    removes it. The context's own idle and pooled memory above it is given back at once (0: all of it). What is
-   in use stays in use. A context without a ledger keeps the limit for itself. */
+   in use stays in use. A context without a ledger keeps the limit for itself. What fails is said in the log.
+ */
 KVCACHED_API void kvcached_set_limit(kvcached_ctx_t ctx, size_t limit);
 
 /* ---- contexts ---- */
@@ -433,9 +434,9 @@ typedef struct kvcached_limit {
 
 /* Sets a limit: of a group, for as long as the group has a live slot (E_SLOT: it has none), or of the card
    (group NULL), for as long as the file exists. bytes are rounded down to 4096; 2^44 and more is no limit.
-   revision: 1 and up; of two settings the higher one holds, 0 = one more than the one in force. When more is
-   in use, the live contexts it covers are told to trim; nobody is waited for. *out may be NULL. E_INVAL;
-   E_SYSTEM; E_FORKED. */
+   revision: 1 and up; of two settings the higher one holds, 0 = one more than the one in force (CONFLICT when
+   that is UINT32_MAX, which nothing follows). When more is in use, the live contexts it covers are told to
+   trim; nobody is waited for. *out may be NULL. E_INVAL; E_SYSTEM; E_FORKED. */
 KVCACHED_API int kvcached_ledger_set_limit(kvcached_ledger_t ledger, const char *group, uint64_t bytes,
                                            uint32_t revision, kvcached_limit_t *out);
 

@@ -160,7 +160,10 @@ static int apply_limit(struct kvcached_ctx *ctx, size_t limit) {
     return KVCACHED_OK;
   }
   kvcached_limit_t set = {.struct_size = sizeof(set)};
-  return kvc_ledger_set_own_limit(ctx->ledger, ctx->slot, bytes, &set);
+  int err = kvc_ledger_set_own_limit(ctx->ledger, ctx->slot, bytes, &set);
+  if (err || set.result == KVCACHED_LIMIT_APPLIED || set.result == KVCACHED_LIMIT_DEFERRED) return err;
+  return kvc_fail(KVCACHED_E_BUSY, "revision %" PRIu32 " with %" PRIu64 " bytes is in force and goes first",
+                  set.revision, set.limit);
 }
 
 /* Own idle and pooled memory that could go, as far as the group is charged above its limit. */
