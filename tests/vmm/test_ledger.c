@@ -371,6 +371,22 @@ static void make_victim(kvc_ledger_map *m, user u, uint64_t used_ns_ago, uint64_
   atomic_store(&m->slot[u.slot].claim, claim);
 }
 
+/* A process that fills its memory for the first time, outside the gate, is at work all the same. */
+TEST_HOST(ledger, taking_memory_is_use) {
+  const char *path = scratch("taking");
+  user u = user_take(path, "g");
+  kvc_ledger_map *m = map_ledger(path);
+  kvc_shortage shortage;
+  CHECK_EQ(atomic_load(&m->slot[u.slot].last_use_ns), 0);
+  CHECK_OK(kvc_ledger_claim(u.ledger, u.slot, KVC_CLAIM_HOST, 4096, UINT64_MAX, 0, &shortage));
+  CHECK_EQ(atomic_load(&m->slot[u.slot].last_use_ns), 0);
+  uint64_t before = (uint64_t)kvc_now_ns();
+  CHECK_OK(kvc_ledger_claim(u.ledger, u.slot, KVC_CLAIM_PAGES, 4096, UINT64_MAX, 0, &shortage));
+  CHECK_LE(before - 20000000, atomic_load(&m->slot[u.slot].last_use_ns)); /* of a coarse clock */
+  unmap_ledger(m);
+  user_end(&u);
+}
+
 TEST_HOST(ledger, victims) {
   const char *path = scratch("victims");
   user me = user_take(path, "mine"), mate = user_take(path, "mine"), a = user_take(path, "x"),

@@ -467,13 +467,13 @@ typedef struct kvcached_slot {
   uint64_t lease, fixed, claim, reserved, charge; /* bytes */
   int leased, attached;                           /* 1 while the lessor's, the user's hold is held */
   /* -- since ABI 2 -- */
-  uint64_t kind_bytes[3]; /* memory by kvcached_kind */
-  uint64_t idle, pooled;  /* bytes that a trim would give back */
-  uint64_t asleep;        /* bytes of sleeping pages */
-  uint64_t host_bytes;    /* host memory held for sleeping content */
-  uint64_t limit;         /* of the group as this slot knows it; UINT64_MAX = none */
-  uint64_t last_use_ns,
-      woke_ns;             /* CLOCK_MONOTONIC of the last enter or leave, and of the last wake; 0: never */
+  uint64_t kind_bytes[3];  /* memory by kvcached_kind */
+  uint64_t idle, pooled;   /* bytes that a trim would give back */
+  uint64_t asleep;         /* bytes of sleeping pages */
+  uint64_t host_bytes;     /* host memory held for sleeping content */
+  uint64_t limit;          /* of the group as this slot knows it; UINT64_MAX = none */
+  uint64_t last_use_ns;    /* CLOCK_MONOTONIC of the last enter, leave or claim; 0: never */
+  uint64_t woke_ns;        /* of the last wake; 0: never */
   uint32_t inside, queued; /* threads inside the gate; requests waiting */
   int controlled;          /* 1: it answers commands */
 } kvcached_slot_t;

@@ -50,12 +50,11 @@ void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes) {
   ctx->claim -= bytes;
 }
 
-int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes) {
+int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms) {
   uint64_t limit = ctx->options.host_limit;
   if (ctx->ledger) {
     kvc_shortage shortage = {0};
-    int err = kvc_ledger_claim(ctx->ledger, ctx->slot, KVC_CLAIM_HOST, bytes, limit,
-                               ctx->options.room_wait_ms, &shortage);
+    int err = kvc_ledger_claim(ctx->ledger, ctx->slot, KVC_CLAIM_HOST, bytes, limit, wait_ms, &shortage);
     if (err) return err;
   } else if (kvc_sat_add(ctx->host_claim, bytes) > limit) {
     return kvc_fail(KVCACHED_E_HOST_LIMIT,

@@ -103,7 +103,7 @@ int kvc_check_ctx(const struct kvcached_ctx *ctx);
 int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms, kvc_shortage *shortage);
 void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes);
 /* The same for host memory. E_HOST_LIMIT. */
-int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes);
+int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms);
 void kvc_unclaim_host(struct kvcached_ctx *ctx, uint64_t bytes);
 
 /* Tells the ledger what has changed; the mutex is held. */

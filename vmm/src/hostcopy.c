@@ -43,7 +43,7 @@ int kvc_hostcopy_grow(struct kvcached_region *r, size_t need) {
   kvc_host_chunk chunk = {.size = next_size(&r->copy, need)};
   if (chunk.size == 0) return 0;
   int err = reserve_entry(&r->copy);
-  if (!err) err = kvc_claim_host(ctx, chunk.size);
+  if (!err) err = kvc_claim_host(ctx, chunk.size, ctx->options.room_wait_ms);
   if (err) return err;
   err = kvc_call(ctx)->host_alloc(ctx->device, chunk.size, &chunk.p, &chunk.pinned);
   if (err) {
@@ -76,7 +76,7 @@ int kvc_hostcopy_grow_unlocked(struct kvcached_region *r, size_t need) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_host_chunk chunk = {.size = next_size(&r->copy, need)};
   if (chunk.size == 0) return 0;
-  int err = kvc_claim_host(ctx, chunk.size);
+  int err = kvc_claim_host(ctx, chunk.size, 0); /* nobody waits for the helper, who holds the mutex */
   if (err) return err;
   (void)pthread_mutex_unlock(&ctx->mutex);
   err = kvc_call(ctx)->host_alloc(ctx->device, chunk.size, &chunk.p, &chunk.pinned);

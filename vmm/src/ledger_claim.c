@@ -106,6 +106,8 @@ static void commit(kvc_ledger_slot *s, kvc_claim_kind kind, uint64_t bytes) {
   uint64_t old = atomic_load(field);
   while (!atomic_compare_exchange_weak(field, &old, kvc_sat_add(old, bytes))) {
   }
+  /* Who takes memory is at work, be it outside the gate: filling it for the first time, say. */
+  if (kind == KVC_CLAIM_PAGES) kvc_slot_mark_used(s);
 }
 
 /* Yields at first: the other claim usually ends within microseconds. */

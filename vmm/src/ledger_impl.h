@@ -93,4 +93,7 @@ void kvc_mail_reset(kvc_ledger_slot *s);
 /* Leaves a command without waiting. E_SLOT, E_BUSY. */
 int kvc_command_leave(struct kvcached_ledger *l, int slot, int command);
 
+/* Notes that a slot's process uses its memory now. */
+void kvc_slot_mark_used(kvc_ledger_slot *s);
+
 #endif
