@@ -146,7 +146,7 @@ stage_sanitizer() {
 memory_suites() {
   KVCACHED_BACKEND=cuda "$build/suite/vmm_tests" --list | cut -d. -f1 | sort -u | while read -r suite; do
     case $suite in
-      api | backend | gate | prepare | property | region | sleep | threads) printf ' --suite %s' "$suite" ;;
+      api | backend | faults | gate | prepare | property | region | sleep | threads) printf ' --suite %s' "$suite" ;;
     esac
   done
 }
