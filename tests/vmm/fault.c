@@ -1,3 +1,4 @@
+/* Calls of the backend that fail or dawdle on purpose, and the account of what is held. */
 #include "backend.h"
 #include "fault.h"
 

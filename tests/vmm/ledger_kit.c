@@ -1,3 +1,4 @@
+/* Users without a context, the file's map, children, namespaces. */
 #include "ledger_kit.h"
 
 #include <errno.h>
@@ -35,14 +36,7 @@ int user_claim(user u, uint64_t bytes, uint64_t limit, uint32_t wait_ms) {
 
 void user_unclaim(user u, uint64_t bytes) { kvc_ledger_unclaim(u.ledger, u.slot, KVC_CLAIM_PAGES, bytes); }
 
-kvc_ledger_map *map_ledger(const char *path) {
-  int fd = open(path, O_RDWR | O_CLOEXEC);
-  CHECK(fd >= 0);
-  kvc_ledger_map *m = mmap(NULL, sizeof(*m), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  CHECK(m != MAP_FAILED);
-  close(fd);
-  return m;
-}
+kvc_ledger_map *map_ledger(const char *path) { return share_file(path, sizeof(kvc_ledger_map)); }
 
 void unmap_ledger(kvc_ledger_map *map) { CHECK(munmap(map, sizeof(*map)) == 0); }
 

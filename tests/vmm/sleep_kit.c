@@ -1,3 +1,4 @@
+/* Regions of all kinds with known content, for the tests of sleep. */
 #include "sleep_kit.h"
 
 #include "context.h"

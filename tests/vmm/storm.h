@@ -6,7 +6,9 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-enum { STORM_PEERS = 8 };
+#include "kvcached.h"
+
+enum { STORM_PEERS = 8, STORM_PAGES = 24 };
 enum { EVEN, ODD, CARD_TOTAL, TOTALS }; /* peer i is of group i % 2 */
 
 /* `total` is what peers hold together while they are inside their gates, raised after memory was had and
@@ -30,5 +32,10 @@ static inline void storm_add(storm *s, int who, int64_t bytes) {
   atomic_fetch_add(&s->total[who % 2], bytes);
   atomic_fetch_add(&s->total[CARD_TOTAL], bytes);
 }
+
+/* One of these processes (storm.c): works at random, on a region of STORM_PAGES pages at least, until `ends`,
+   and then prints "ok". Only what a limit or a busy gate explains may fail. `path`: the file of the account.
+ */
+void storm_peer(kvcached_ctx_t ctx, kvcached_region_t region, const char *path, int me, uint32_t seed);
 
 #endif

@@ -1,3 +1,4 @@
+/* The backend under test, content, scratch files and peers, for all tests. */
 #include "support.h"
 
 #include "context.h"
@@ -9,6 +10,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -236,6 +238,15 @@ const char *scratch(const char *name) {
   CHECK(used < 256);
   snprintf(paths[used], sizeof(paths[used]), "%s/%s", scratch_dir, name);
   return paths[used++];
+}
+
+void *share_file(const char *path, size_t size) {
+  int fd = open(path, O_RDWR | O_CLOEXEC);
+  CHECK(fd >= 0);
+  void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  CHECK(p != MAP_FAILED);
+  close(fd);
+  return p;
 }
 
 uint32_t next_random(uint32_t *state) { /* xorshift32, Marsaglia 2003 */

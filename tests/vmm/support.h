@@ -88,6 +88,9 @@ int slot_of_ctx(kvcached_ctx_t ctx);
 /* A path in a scratch folder of this process, which is removed when it ends. Names are given once each. */
 const char *scratch(const char *name);
 
+/* Maps the first `size` bytes of a file, shared with other processes. */
+void *share_file(const char *path, size_t size);
+
 /* Small numbers that look random, the same in every run. */
 uint32_t next_random(uint32_t *state);
 

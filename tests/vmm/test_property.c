@@ -1,153 +1,13 @@
 /*
- * Random calls against a model: for each page whether it is in use and what it holds, for each region whether
- * it sleeps. From that alone follows what every call must return, since idle memory never stands in anybody's
- * way. With faults, calls of the backend fail at random too: then a call has done nothing. Each run has a
- * seed, which a failure tells; KVCACHED_TEST_SEED begins with that one, and KVCACHED_TEST_ROUNDS makes for
- * more of them.
+ * Random calls against a model (model.h), which says what every call must return. With faults, calls of the
+ * backend fail at random too: then a call has done nothing. Each run has a seed, which a failure tells;
+ * KVCACHED_TEST_SEED begins with that one, and KVCACHED_TEST_ROUNDS makes for more of them.
  */
 #include "context.h"
 #include "fault.h"
-#include "support.h"
+#include "model.h"
 
-enum { REGIONS = 6, MAX_PAGES = 40, CAPACITY = 90, STEPS = 300 };
-enum { ABSENT = -1, UNKNOWN = 1000 }; /* tags of pages not in use, and of such as hold who knows what */
-
-typedef struct model_region {
-  kvcached_region_t r; /* NULL: there is none */
-  void *allocated;     /* what kvcached_alloc returned */
-  int kind, asleep;
-  size_t n, unit;
-  int tag[MAX_PAGES]; /* content of a page in use, ABSENT or UNKNOWN */
-} model_region;
-
-typedef struct model {
-  kvcached_ctx_t ctx;
-  size_t page;
-  uint64_t limit, host_limit;
-  model_region region[REGIONS];
-  uint32_t seed;
-  unsigned refused, done;
-  int faults, failed; /* calls of the backend fail; the last call of the library did */
-} model;
-
-static uint32_t pick(model *m, uint32_t n) { return next_random(&m->seed) % n; }
-
-static uint64_t page_bytes(const model_region *q, size_t i) {
-  size_t left = kvcached_region_size(q->r) - i * q->unit;
-  return left < q->unit ? left : q->unit;
-}
-
-static uint64_t bytes_in_use(const model_region *q) {
-  uint64_t sum = 0;
-  for (size_t i = 0; q->r && i < q->n; i++)
-    if (q->tag[i] >= 0) sum += page_bytes(q, i);
-  return sum;
-}
-
-static uint64_t in_use(const model *m) { /* with memory */
-  uint64_t sum = 0;
-  for (int i = 0; i < REGIONS; i++)
-    if (!m->region[i].asleep) sum += bytes_in_use(&m->region[i]);
-  return sum;
-}
-
-static int fits(const model *m, uint64_t more) { return more == 0 || in_use(m) + more <= m->limit; }
-
-static uint64_t held(const model *m) {
-  kvcached_stats_t s = stats_of(m->ctx);
-  return s.mapped + s.pooled;
-}
-
-/* Before a call and after it: somewhere in it the backend fails, once or again and again. */
-static void arm(model *m) {
-  if (!m->faults || pick(m, 3)) return;
-  int err = pick(m, 2) ? KVCACHED_E_DEVICE : KVCACHED_E_NOMEM;
-  if (pick(m, 4))
-    fault_set(FAULT_ANY, 1 + pick(m, 10), err);
-  else
-    fault_every(FAULT_ANY, 2 + pick(m, 6), err);
-}
-static int disarm(model *m, int err) {
-  fault_clear();
-  m->failed |= m->faults && (err == KVCACHED_E_DEVICE || err == KVCACHED_E_NOMEM);
-  return err;
-}
-
-/* A call that finds room, or does not. Above a limit that was lowered nothing new fits, but pages that are
-   idle have their memory still: a call that needs no more than these works, and then `ok` becomes 1. */
-#define EXPECT(m, call, ok)                                                               \
-  do {                                                                                    \
-    uint64_t before_ = held(m);                                                           \
-    arm(m);                                                                               \
-    int err_ = disarm(m, (call));                                                         \
-    if ((m)->failed) ok = 0;                                                              \
-    if (err_ == KVCACHED_OK && !ok && before_ > (m)->limit && held(m) <= before_) ok = 1; \
-    if (!(m)->failed && err_ != (ok ? KVCACHED_OK : KVCACHED_E_LIMIT))                    \
-      check_failed(__FILE__, __LINE__, "%s returned %s", #call, kvcached_err_name(err_)); \
-    (m)->refused += !ok && !(m)->failed;                                                  \
-    (m)->done += ok != 0;                                                                 \
-  } while (0)
-
-/* One that works unless the backend fails. */
-#define WORKS(m, call)                  \
-  do {                                  \
-    arm(m);                             \
-    int works_ = disarm(m, (call));     \
-    if (!(m)->failed) CHECK_OK(works_); \
-  } while (0)
-
-static void set_asleep(model_region *q, int asleep) {
-  size_t n = 0;
-  for (size_t i = 0; q->r && i < q->n; i++) n += q->tag[i] >= 0;
-  q->asleep = asleep && n > 0;
-  for (size_t i = 0; q->asleep && q->kind == KVCACHED_SCRATCH && i < q->n; i++)
-    if (q->tag[i] != ABSENT) q->tag[i] = 0;
-}
-
-/* Whether waking these regions works; they are awake then. */
-static int wakes(model *m, unsigned kinds, const model_region *only) {
-  uint64_t more = 0;
-  for (int i = 0; i < REGIONS; i++) {
-    model_region *q = &m->region[i];
-    if (q->asleep && (only ? q == only : (kinds & KVCACHED_KIND_BIT(q->kind)) != 0)) more += bytes_in_use(q);
-  }
-  if (more && !fits(m, more)) return 0;
-  for (int i = 0; i < REGIONS; i++) {
-    model_region *q = &m->region[i];
-    if (only ? q == only : (kinds & KVCACHED_KIND_BIT(q->kind)) != 0) q->asleep = 0;
-  }
-  return 1;
-}
-
-/* Content as its owner would put it there; WEIGHTS may have been copied ahead, so they are written by the
-   library, which then knows. */
-static void set_tag(model *m, model_region *q, size_t i, int tag) {
-  q->tag[i] = tag;
-  if (q->kind != KVCACHED_WEIGHTS) {
-    put_ends(q->r, i, tag);
-    return;
-  }
-  unsigned char ends[64];
-  memset(ends, tag, sizeof(ends));
-  CHECK_OK(kvcached_write(q->r, i * q->unit, ends, sizeof(ends)));
-  CHECK_OK(kvcached_write(q->r, i * q->unit + page_bytes(q, i) - sizeof(ends), ends, sizeof(ends)));
-  (void)m;
-}
-
-static void check_all(model *m) {
-  check_context(m->ctx);
-  for (int k = 0; k < REGIONS; k++) {
-    model_region *q = &m->region[k];
-    CHECK_EQ(q->r ? kvc_sleeps(q->r) : 0, q->asleep);
-    for (size_t i = 0; q->r && i < q->n; i++) {
-      size_t run;
-      int ensured;
-      CHECK_OK(kvcached_mapped_run(q->r, i * q->unit, (size_t)page_bytes(q, i), &run, &ensured));
-      CHECK_EQ(ensured, q->tag[i] >= 0);
-      if (q->tag[i] >= 0 && q->tag[i] != UNKNOWN && !q->asleep) CHECK(holds_ends(q->r, i, q->tag[i]));
-    }
-  }
-}
+enum { STEPS = 300 };
 
 /* ---- the calls ---- */
 
@@ -179,7 +39,7 @@ static void allocate(model *m, model_region *q) {
   for (size_t i = 0; i < q->n; i++) {
     q->tag[i] = 0;
     CHECK(holds_ends(q->r, i, 0));
-    set_tag(m, q, i, 1 + (int)pick(m, 255));
+    set_tag(q, i, 1 + (int)pick(m, 255));
   }
 }
 
@@ -233,7 +93,7 @@ static void ensure(model *m, model_region *q) {
   for (size_t i = g.first; i < g.first + g.n && ok; i++) {
     if (q->tag[i] >= 0) continue;
     CHECK(holds_ends(q->r, i, 0));
-    set_tag(m, q, i, 1 + (int)pick(m, 255));
+    set_tag(q, i, 1 + (int)pick(m, 255));
   }
 }
 
