@@ -105,6 +105,40 @@ TEST(ledger, lease_is_kept) {
   kvcached_ledger_close(l);
 }
 
+/* A lease is there to load by: a child that sleeps is charged for what it holds, and has to find room to
+ * wake. */
+TEST(ledger, sleep_ends_the_lease) {
+  const size_t page = test_page();
+  const char *path = scratch("sleeper");
+  kvcached_ledger_t l = open_ledger(path);
+  int slot;
+  kvcached_ctx_t ctx;
+  CHECK_OK(kvcached_ledger_lease(l, "g", "a", 50 * page, 5 * page, 100 * page, &slot));
+  CHECK_OK(attach(path, slot, "g", 100 * page, &ctx));
+  kvcached_region_t r = reserve(ctx, KVCACHED_KV, 60 * page);
+  CHECK_OK(kvcached_ensure(r, 0, 30 * page));
+  put(r, 0, 's', 30 * page);
+  CHECK_EQ(slot_in(path, slot).charge, 50 * page);
+  CHECK_OK(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, NULL));
+  kvcached_slot_t s = slot_in(path, slot);
+  CHECK(s.leased && s.attached && s.lease == 0);
+  CHECK_EQ(s.charge, 5 * page);
+
+  kvcached_ctx_t other = open_in(path, "g", 100 * page);
+  kvcached_region_t q = reserve(other, KVCACHED_KV, 100 * page);
+  CHECK_OK(kvcached_ensure(q, 0, 95 * page));
+  CHECK_IS(kvcached_enter(ctx), KVCACHED_E_LIMIT);
+  CHECK_OK(kvcached_release(q, 0, 40 * page));
+  CHECK_OK(kvcached_trim(other, 0, NULL));
+  CHECK_OK(kvcached_enter(ctx));
+  CHECK(holds(r, 0, 's', 30 * page));
+  CHECK_OK(kvcached_leave(ctx));
+  CHECK_EQ(slot_in(path, slot).charge, 35 * page);
+  kvcached_shutdown(other);
+  kvcached_shutdown(ctx);
+  kvcached_ledger_close(l);
+}
+
 /* More above the limit than is asked for: idle pages make up for both. */
 TEST(ledger, idle_gives_way_to_others) {
   const size_t page = test_page();

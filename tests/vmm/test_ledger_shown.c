@@ -117,9 +117,11 @@ TEST_HOST(ledger, victims) {
   user_end(&c);
   CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), a.slot);
   CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 1, asked), a.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 1, asked), a.slot);
   atomic_store(&m->slot[a.slot].lease, atomic_load(&m->slot[a.slot].claim)); /* its charge would stay */
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), a.slot);
-  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 1, asked), -1);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 0, asked), a.slot);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 0, 1, asked), -1);
+  CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 1, asked), a.slot); /* but for a sleep */
   atomic_store(&m->slot[a.slot].claim, 0);
   CHECK_EQ(kvc_ledger_pick_victim(me.ledger, me.slot, 1, 0, asked), -1);
   unmap_ledger(m);

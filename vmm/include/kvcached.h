@@ -376,6 +376,9 @@ KVCACHED_API int kvcached_device_memory(kvcached_ctx_t ctx, uint64_t *free_bytes
  *
  *   charge of a slot = max(lease, fixed + claim); the claim of a dead user counts no more
  *
+ * so a child's first claims use up its lease. The lease ends when the child first sleeps: from then on it is
+ * charged for what it holds.
+ *
  * A claim is announced in the claimer's own slot, then the live slots are summed: it stays if the sums are
  * within the group's limit and the card's, else it is withdrawn. Where only the announced claims of others
  * are in the way, the older claim goes first; the wait for it is bounded (about one second, then E_LIMIT).

@@ -349,6 +349,8 @@ int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *na
   return err;
 }
 
+void kvc_ledger_end_lease(kvcached_ledger_t l, int slot) { atomic_store(&l->map->slot[slot].lease, 0); }
+
 int kvcached_ledger_unlease(kvcached_ledger_t l, int slot) {
   int err = kvc_check_ledger(l);
   if (err) return err;

@@ -40,6 +40,10 @@ int kvc_ledger_claim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, ui
 /* kind: PAGES or HOST. */
 void kvc_ledger_unclaim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes);
 
+/* What was set aside for the slot's user has served its purpose: it is charged for what it holds from now on.
+ */
+void kvc_ledger_end_lease(kvcached_ledger_t ledger, int slot);
+
 /* Figures that others see of a slot; nothing is decided by them but who is asked first to make room. */
 typedef struct kvc_figures {
   uint64_t reserved, kind_bytes[3], idle, pooled, asleep;
@@ -78,8 +82,8 @@ void kvc_ledger_ring(kvcached_ledger_t ledger, int slot);
 /* Picks the slot of another group that should be asked next to make room: attached, controlled, nobody
    inside, no requests queued, not woken within the last 2 s, not in `asked` (bits, KVCACHED slots / 64
    words), with something to give; least recently used first. want_sleep 0: it has idle or pooled memory; 1:
-   it has any memory. charged 1: a limit is short, so its charge has to fall with that; within its lease it
-   does not. -1: none. */
+   it has any memory. charged 1: a limit is short, so its charge has to fall with that; a trim within its
+   lease does not lower it, a sleep ends the lease. -1: none. */
 int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, int charged,
                            const uint64_t *asked);
 

@@ -125,7 +125,7 @@ int kvc_ledger_pick_victim(kvcached_ledger_t l, int slot, int want_sleep, int ch
     if (describe(l, i, &one) <= 0) continue;
     if (!one.attached || !one.controlled || one.inside || one.queued || strcmp(one.group, own) == 0) continue;
     if (want_sleep ? one.claim == 0 : one.idle == 0 && one.pooled == 0) continue;
-    if (charged && one.lease >= kvc_sat_add(one.fixed, one.claim)) continue;
+    if (charged && !want_sleep && one.lease >= kvc_sat_add(one.fixed, one.claim)) continue;
     if (age(one.woke_ns, INT64_MAX) < JUST_WOKEN_NS) continue;
     int64_t unused = age(one.last_use_ns, INT64_MAX);
     if (best < 0 || unused > best_age) {

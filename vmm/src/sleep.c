@@ -196,6 +196,8 @@ int kvc_sleep(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed) {
               kvcached_last_error());
     *freed += pooled;
     if (*freed > 0) {
+      /* A lease is there to load by. Were it still charged, a sleeper would give back nothing below it. */
+      if (ctx->ledger) kvc_ledger_end_lease(ctx->ledger, ctx->slot);
       ctx->counters.sleeps++;
       ctx->counters.last_sleep_ns = (uint64_t)(kvc_now_ns() - start);
       for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
