@@ -2,7 +2,7 @@
  * libkvcached in one page: addresses first, memory where it is used, none of it while nobody works, and the
  * same content at the same address after. Ordinary memory, or that of a GPU:
  *
- *   tour [host | cuda [LEDGER]]
+ *   tour [(host | cuda) [LEDGER]]
  */
 #include "kvcached.h"
 
@@ -41,7 +41,7 @@ int main(int argc, char **argv) {
   }
   int cuda = argc > 1 && strcmp(argv[1], "cuda") == 0;
   if (argc > 3 || (argc > 1 && !cuda && strcmp(argv[1], "host") != 0)) {
-    fprintf(stderr, "usage: %s [host | cuda [LEDGER]]\n", argv[0]);
+    fprintf(stderr, "usage: %s [(host | cuda) [LEDGER]]\n", argv[0]);
     return 2;
   }
 

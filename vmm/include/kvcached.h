@@ -416,7 +416,7 @@ KVCACHED_API int kvcached_ledger_lease(kvcached_ledger_t ledger, const char *gro
                                        uint64_t size, uint64_t fixed, uint64_t limit, int *slot);
 
 /* Drops the lessor's hold: the slot ends at once or, if a process uses it, with that process (it keeps its
-   lease until then). E_SLOT: this handle holds no such lease; E_FORKED. */
+   lease until then, or until it first sleeps). E_SLOT: this handle holds no such lease; E_FORKED. */
 KVCACHED_API int kvcached_ledger_unlease(kvcached_ledger_t ledger, int slot);
 
 enum kvcached_limit_result {
