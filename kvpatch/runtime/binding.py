@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import operator
 import os
+import sys
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kvpatch import library
-from kvpatch.errors import LibraryError, UsageError
+from kvpatch.errors import KvpatchError, LibraryError, UsageError
 from kvpatch.runtime.structures import ABI, PROTOTYPES, UINT64_MAX
 
 T = TypeVar("T")
+E = TypeVar("E", bound=IntEnum)
+
+INT_MAX = 2**31 - 1
+UINT32_MAX = 2**32 - 1
 
 _HINTS = {
     "KVCACHED_E_LIMIT": "raise the limit, or let others trim or sleep",
@@ -37,6 +44,7 @@ class CallError(LibraryError):
         self.name = name
         self.sentence = sentence
         self.detail = detail
+        _note_hint(self)
 
 
 class Library:
@@ -86,29 +94,53 @@ class Library:
         )
 
 
-def load(build: Path | None = None, *, cache: Path | None = None) -> Library:
+def load(
+    build: str | os.PathLike[str] | None = None, *, cache: str | os.PathLike[str] | None = None
+) -> Library:
     """The library of a build, else the one in the cache, compiled on first use. Errors as `library.find`, and
     LibraryError when it cannot be loaded."""
-    return Library(library.find(build, cache=cache))
+    try:
+        return Library(
+            library.find(None if build is None else Path(build), cache=None if cache is None else Path(cache))
+        )
+    except KvpatchError as error:
+        _note_hint(error)
+        raise
 
 
-def number(what: str, value: int | None, most: int = UINT64_MAX) -> int:
-    """A count or amount as the library takes it; None is the largest: no limit.
+def number(what: str, value: int, most: int = UINT64_MAX, *, least: int = 0) -> int:
+    """A number as the library takes it. Raises UsageError for what is no integer, or does not fit and would be cut."""
+    try:
+        exact = operator.index(value)
+    except TypeError:
+        raise UsageError(f"{what} {value!r} is not an integer") from None
+    if not least <= exact <= most:
+        raise UsageError(f"{what} {exact} is not between {least} and {most}")
+    return exact
 
-    Raises UsageError for what does not fit, which ctypes would cut.
-    """
-    if value is None:
-        return most
-    if not 0 <= value <= most:
-        raise UsageError(f"{what} {value} is not between 0 and {most}")
-    return value
+
+def limit_number(what: str, value: int | None) -> int:
+    """A limit as the library takes it: None is no limit. Errors as `number`."""
+    return UINT64_MAX if value is None else number(what, value)
+
+
+def member(what: str, enum: type[E], value: E | int | str) -> E:
+    """A member of `enum`, given as itself, its number or its name in any case. Raises UsageError for anything else."""
+    try:
+        return enum[value.upper()] if isinstance(value, str) else enum(value)
+    except (KeyError, ValueError):
+        names = ", ".join(f"{known.name.lower()} ({known.value})" for known in enum)
+        raise UsageError(f"{what} {value!r} is none of {names}") from None
 
 
 def text(what: str, value: str | os.PathLike[str] | None) -> bytes | None:
-    """A string as C takes it. Raises UsageError for one with a zero byte, which C would cut."""
+    """A string as C takes it. Raises UsageError for what is none, or has a zero byte, where C would cut it."""
     if value is None:
         return None
-    raw = os.fsencode(value)
+    try:
+        raw = os.fsencode(value)
+    except TypeError:
+        raise UsageError(f"{what} {value!r} is not a string") from None
     if b"\0" in raw:
         raise UsageError(f"{what} {value!r} has a zero byte")
     return raw
@@ -133,6 +165,12 @@ def frozen(cls: type[T], struct: ctypes.Structure, **convert: Any) -> T:
 def limit_or_none(value: int) -> int | None:
     """UINT64_MAX in a field of limits means that there is none."""
     return None if value == UINT64_MAX else value
+
+
+def _note_hint(error: KvpatchError) -> None:
+    """Have a traceback show the hint too, where Python can."""
+    if error.hint and sys.version_info >= (3, 11):
+        error.add_note(f"hint: {error.hint}")
 
 
 def _text(raw: bytes | None) -> str:

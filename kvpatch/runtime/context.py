@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from ctypes import byref
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvpatch.runtime.binding import CallError, Library, frozen, limit_or_none, load, number, text
+from kvpatch.errors import UsageError
+from kvpatch.runtime.binding import (
+    INT_MAX,
+    UINT32_MAX,
+    CallError,
+    Library,
+    frozen,
+    limit_number,
+    limit_or_none,
+    load,
+    member,
+    number,
+    text,
+)
 from kvpatch.runtime.structures import (
     LOG_FUNCTION,
     NO_CONTROL,
@@ -27,31 +40,31 @@ from kvpatch.runtime.structures import (
 )
 
 ALL_KINDS = tuple(Kind)
-_UINT32_MAX = 2**32 - 1
-_SSIZE_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """How a context is opened; None leaves the library's default. Sizes and limits are bytes.
 
-    `ledger`: None is the device's own, False none at all. `control` False: commands to its slot are not answered. `log`
-    is called with the context locked, and from the library's threads: it must not use the context.
+    `ledger` is a path, None or True the device's own, False none at all. `slot` -1 takes a free one. `backend` and
+    `lookahead` may be given by name. What is wrong raises UsageError when the context is opened. `control` False:
+    commands to its slot are not answered. `log` is called with the context locked, and from the library's threads: it
+    must not use the context.
     """
 
-    backend: Backend = Backend.HOST
+    backend: Backend | int | str = Backend.HOST
     page_size: int | None = None
     large_page: int | None = None
     limit: int | None = None
     name: str | None = None
     group: str | None = None
-    ledger: Path | bool | None = None
+    ledger: str | os.PathLike[str] | bool | None = None
     slot: int | None = None
     fixed: int | None = None
     device: int | None = None
     pci_bus_id: str | None = None
     pool_limit: int | None = None
-    lookahead: Lookahead | None = None
+    lookahead: Lookahead | int | str | None = None
     host_limit: int | None = None
     headroom: int | None = None
     room_wait_ms: int | None = None
@@ -93,7 +106,7 @@ class Context:
     """An open context; every failing method raises CallError. Not to be used by one thread while another closes it."""
 
     def __init__(self, options: Options | None = None, *, library: Library | None = None) -> None:
-        """Open a context and take its slot in the ledger. Raises CallError."""
+        """Open a context and take its slot in the ledger. Raises CallError, UsageError for an option."""
         options = options or Options()
         self.library = library or load()
         struct = OptionsStruct()
@@ -132,11 +145,10 @@ class Context:
     def reserve(self, size: int, kind: Kind = Kind.KV) -> Region:
         """Reserve `size` bytes of addresses, rounded up to whole pages; nothing is mapped."""
         handle = ctypes.c_void_p()
-        self._call(
-            f"reserve {size} bytes", "reserve", self._open(), int(kind), number("size", size), byref(handle)
-        )
+        what, length = member("kind", Kind, kind), number("size", size)
+        self._call(f"reserve {length} bytes", "reserve", self._open(), int(what), length, byref(handle))
         assert handle.value is not None
-        return Region(self, handle.value, kind)
+        return Region(self, handle.value, what)
 
     def alloc(self, size: int) -> int:
         """The address of `size` bytes, mapped and zero, whose content survives sleep."""
@@ -147,7 +159,7 @@ class Context:
 
     def free(self, address: int) -> None:
         """Free what `alloc` returned; any other address is refused with a log line."""
-        self.library.raw("free", self._open(), address)
+        self.library.raw("free", self._open(), number("address", address))
 
     def available(self) -> int:
         """Bytes that could be had now without asking other processes; 0 on failure."""
@@ -156,7 +168,7 @@ class Context:
 
     def set_limit(self, limit: int | None) -> None:
         """Set the limit of the context's group (None removes it); its own idle memory above it is given back."""
-        self.library.raw("set_limit", self._open(), number("limit", limit))
+        self.library.raw("set_limit", self._open(), limit_number("limit", limit))
 
     def enter(self) -> None:
         """Enter the gate, waking what sleeps: nothing goes to sleep until this thread has left it."""
@@ -181,7 +193,7 @@ class Context:
             "say how many requests wait",
             "set_queued",
             self._open(),
-            number("requests", requests, _UINT32_MAX),
+            number("requests", requests, UINT32_MAX),
         )
 
     def prepare_sleep(self, kinds: Iterable[Kind] = ALL_KINDS) -> None:
@@ -191,7 +203,7 @@ class Context:
     def sleep(self, kinds: Iterable[Kind] = ALL_KINDS, *, wait_ms: int = 1000) -> int:
         """Put the regions of these kinds to sleep once the gate is empty; returns the bytes given back."""
         freed = ctypes.c_size_t()
-        wait = number("wait_ms", wait_ms, _UINT32_MAX)
+        wait = number("wait_ms", wait_ms, UINT32_MAX)
         self._call("sleep", "sleep", self._open(), _bits(kinds), wait, byref(freed))
         return freed.value
 
@@ -298,9 +310,8 @@ class Region:
     def read(self, offset: int, length: int) -> bytes:
         """Copy the range out, waking a sleeping region; pages that are not ensured read as zero."""
         # Checked first: a buffer for a length out of range must not be made.
-        if length > self.size:
-            length = number("length", length, self.size)
-        buffer = ctypes.create_string_buffer(number("length", length, _SSIZE_MAX))
+        length = number("length", length, self.size)
+        buffer = ctypes.create_string_buffer(length)
         start = number("offset", offset)
         self._context._call(f"read {length} bytes at {offset}", "read", self._open(), start, buffer, length)
         return buffer.raw
@@ -355,23 +366,22 @@ class Region:
 
 def _fill(struct: OptionsStruct, options: Options) -> None:
     """Put what `options` says over the library's defaults."""
-    struct.backend = int(options.backend)
+    struct.backend = int(member("backend", Backend, options.backend))
     for name in ("page_size", "large_page", "limit", "fixed", "pool_limit", "host_limit", "headroom"):
         value = getattr(options, name)
         if value is not None:
             setattr(struct, name, number(name, value, UINT64_MAX))
     if options.room_wait_ms is not None:
-        struct.room_wait_ms = number("room_wait_ms", options.room_wait_ms, _UINT32_MAX)
-    for name in ("slot", "device", "lookahead"):
-        value = getattr(options, name)
-        if value is not None:
-            setattr(struct, name, int(value))
+        struct.room_wait_ms = number("room_wait_ms", options.room_wait_ms, UINT32_MAX)
+    if options.slot is not None:
+        struct.slot = number("slot", options.slot, INT_MAX, least=-1)
+    if options.device is not None:
+        struct.device = number("device", options.device, INT_MAX)
+    if options.lookahead is not None:
+        struct.lookahead = int(member("lookahead", Lookahead, options.lookahead))
     for name in ("name", "group", "pci_bus_id"):
         setattr(struct, name, text(name, getattr(options, name)))
-    if isinstance(options.ledger, Path):
-        struct.ledger_path = text("the ledger's path", options.ledger)
-    elif options.ledger is False:
-        struct.ledger_path = b""
+    struct.ledger_path = _ledger_path(options.ledger)
     if not options.control:
         struct.flags = NO_CONTROL
     if options.log is not None:
@@ -383,6 +393,18 @@ def _fill(struct: OptionsStruct, options: Options) -> None:
         struct.log = LOG_FUNCTION(call)
 
 
+def _ledger_path(ledger: str | os.PathLike[str] | bool | None) -> bytes | None:
+    """The path as the library takes it: NULL is the device's own ledger, "" is none."""
+    if ledger is None or ledger is True:
+        return None
+    if ledger is False:
+        return b""
+    # What C would take for "none" must not come of a path that was left empty.
+    if not isinstance(ledger, (str, os.PathLike)) or not os.fspath(ledger):
+        raise UsageError(f"ledger {ledger!r} is not a path, and not None, True or False")
+    return text("the ledger's path", ledger)
+
+
 def _shutdown(library: Library, handle: int, struct: OptionsStruct, callbacks: dict[int, Any]) -> None:
     # `struct` and `callbacks` are here to live until the context does not call them any more.
     library.raw("shutdown", handle)
@@ -392,5 +414,5 @@ def _shutdown(library: Library, handle: int, struct: OptionsStruct, callbacks: d
 def _bits(kinds: Iterable[Kind]) -> int:
     bits = 0
     for kind in kinds:
-        bits |= 1 << kind
+        bits |= 1 << member("kind", Kind, kind)
     return bits

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from ctypes import byref
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kvpatch.runtime.binding import Library, frozen, limit_or_none, load, number, text
+from kvpatch.runtime.binding import (
+    INT_MAX,
+    UINT32_MAX,
+    Library,
+    frozen,
+    limit_number,
+    limit_or_none,
+    load,
+    member,
+    number,
+    text,
+)
 from kvpatch.runtime.structures import PATH_MAX, Command, LimitResult, LimitStruct, SlotStruct
 
 _FIRST_CAPACITY = 32
-_UINT32_MAX = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +73,12 @@ class Limit:
 class Ledger:
     """An open ledger. Not to be used by one thread while another closes it."""
 
-    def __init__(self, path: Path | None = None, *, library: Library | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, library: Library | None = None) -> None:
         """Open the ledger at `path` (default: the host's), creating it when there is none. Raises CallError."""
         self.library = library or load()
         handle = ctypes.c_void_p()
         self.library.call(
-            f"open the ledger {path or self.default_path(library=self.library)}",
+            f"open the ledger {path if path is not None else self.default_path(library=self.library)!s}",
             "ledger_open",
             text("the ledger's path", path),
             byref(handle),
@@ -135,14 +146,15 @@ class Ledger:
             text("the name", name),
             number("size", size),
             number("fixed", fixed),
-            number("limit", limit),
+            limit_number("limit", limit),
             byref(slot),
         )
         return slot.value
 
     def unlease(self, slot: int) -> None:
         """Drop the lease of a slot; a process that uses the slot keeps it until it ends. Raises CallError."""
-        self.library.call(f"drop the lease of slot {slot}", "ledger_unlease", self._open(), slot)
+        index = number("slot", slot, INT_MAX)
+        self.library.call(f"drop the lease of slot {index}", "ledger_unlease", self._open(), index)
 
     def set_limit(self, group: str | None, limit: int | None, *, revision: int = 0) -> Limit:
         """Set the limit of a group that has a live slot, or of the card (`group` None); bytes, None removes it.
@@ -156,8 +168,8 @@ class Ledger:
             "ledger_set_limit",
             self._open(),
             text("the group", group),
-            number("limit", limit),
-            number("revision", revision, _UINT32_MAX),
+            limit_number("limit", limit),
+            number("revision", revision, UINT32_MAX),
             byref(out),
         )
         return frozen(Limit, out, result=LimitResult, limit=limit_or_none)
@@ -174,19 +186,20 @@ class Ledger:
         )
         return frozen(Limit, out, result=LimitResult, limit=limit_or_none)
 
-    def command(self, slot: int, command: Command, *, wait_ms: int = 1000) -> int:
+    def command(self, slot: int, command: Command | int | str, *, wait_ms: int = 1000) -> int:
         """Have the process in a slot trim, sleep or wake, and wait for its answer (0: only leave the command).
 
         Returns the bytes it gave back. Raises CallError: with the process's own error, or that it did not answer.
         """
         freed = ctypes.c_uint64()
+        index, what = number("slot", slot, INT_MAX), member("command", Command, command)
         self.library.call(
-            f"have slot {slot} {command.name.lower()}",
+            f"have slot {index} {what.name.lower()}",
             "ledger_command",
             self._open(),
-            slot,
-            int(command),
-            number("wait_ms", wait_ms, _UINT32_MAX),
+            index,
+            int(what),
+            number("wait_ms", wait_ms, UINT32_MAX),
             byref(freed),
         )
         return freed.value
