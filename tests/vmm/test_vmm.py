@@ -170,7 +170,14 @@ def test_ctest(tmp_path: Path) -> None:
         for suite in ("region", "sleep", "faults", "storm"):
             assert f" {backend}.{suite}\n" in listed, listed
     done = call(
-        ["ctest", "--test-dir", str(tmp_path), f"-j{JOBS}", "-R", r"\.(region|pages|backend|driver|strangers)$"]
+        [
+            "ctest",
+            "--test-dir",
+            str(tmp_path),
+            f"-j{JOBS}",
+            "-R",
+            r"\.(region|pages|backend|driver|strangers)$",
+        ]
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert "cuda.region" in done.stdout
