@@ -28,10 +28,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 all_stages="build suite sanitizer graphs fresh bench soak"
 
-if [ $# -lt 1 ] || [ "${1#-}" != "$1" ]; then
-  sed -n '2,/^set -u/p' "$0" | sed -n 's/^# \{0,1\}//p'
-  exit 2
-fi
+usage() { sed -n '2,/^set -u/p' "$0" | sed -n 's/^# \{0,1\}//p'; }
+case ${1-} in
+  --help | -h) usage; exit 0 ;;
+  "") usage >&2; exit 2 ;;
+  -*) echo "$1: not an option" >&2; usage >&2; exit 2 ;;
+esac
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
@@ -52,7 +54,8 @@ total=${TOTAL_S:-570}
 jobs=$(nproc)
 began=$SECONDS
 flags="-std=c11 -O2 -g -fPIC -pthread -Wall -Wextra"
-[ -n "$fake" ] && run_env="env LD_LIBRARY_PATH=$build/fake FAKE_CUDA_MEMORY=4294967296" || run_env="env"
+run_env=(env)
+[ -n "$fake" ] && run_env+=("LD_LIBRARY_PATH=$build/fake" FAKE_CUDA_MEMORY=4294967296)
 
 # ---- build ----
 
@@ -76,7 +79,8 @@ suite_files() {
 stage_build() {
   local public="-I$root/vmm/include" inner="-I$root/vmm/include -I$root/vmm/src" bench=$root/vmm/bench
   set -e
-  rm -f "$build"/done*
+  # Nothing of an earlier build is left to run when this one fails.
+  rm -f "$build"/done* "$build/libkvcached.so" "$build"/{graphs,fresh,soak,kvcached-bench,suite/vmm_tests}
   "$cc" --version | head -n 1
   compile "$build/lib.o" "$flags -fvisibility=hidden" "$root"/vmm/src/*.c
   "$cc" -shared -pthread -Wl,-soname,libkvcached.so -Wl,-z,defs -o "$build/libkvcached.so" "$build"/lib.o/*.o -ldl
@@ -90,21 +94,21 @@ stage_build() {
     "-Wl,-rpath,$build" -ldl
   compile "$build/gpu.o" "$flags $public -I$bench" "$here/program.c" "$here/graphs.c" "$here/fresh.c" "$here/soak.c" \
     "$bench/raw.c" "$bench/raw_cuda.c"
-  local shared="$build/gpu.o/program.o $build/gpu.o/raw.o $build/gpu.o/raw_cuda.o" link
+  local shared=("$build"/gpu.o/{program,raw,raw_cuda}.o) link
   if [ -n "$fake" ]; then
     compile "$build/gpu.o" "$flags" "$here/gpu_cpu.c"
-    shared="$shared $build/gpu.o/gpu_cpu.o"
+    shared+=("$build/gpu.o/gpu_cpu.o")
     link="$cc -pthread"
   else
     "$nvcc" --version | tail -n 2
     "$nvcc" "-arch=${GPU_ARCH:-native}" -O2 -std=c++17 -Xcompiler -Wall,-Wextra -c -o "$build/gpu.o/gpu.o" "$here/gpu.cu"
-    shared="$shared $build/gpu.o/gpu.o"
+    shared+=("$build/gpu.o/gpu.o")
     link="$nvcc"
   fi
   for program in graphs fresh soak; do
     # shellcheck disable=SC2086
-    $link -o "$build/$program" "$build/gpu.o/$program.o" $shared -L"$build" -lkvcached -Xlinker -rpath -Xlinker "$build" \
-      -lpthread -ldl
+    $link -o "$build/$program" "$build/gpu.o/$program.o" "${shared[@]}" -L"$build" -lkvcached -Xlinker -rpath \
+      -Xlinker "$build" -lpthread -ldl
   done
   # Last, because the other stages can do without it.
   if [ -n "${WITHOUT_SUITE:-}" ]; then
@@ -122,10 +126,16 @@ stage_build() {
 
 # ---- the others: each prints to its log and says by its exit code whether it passed ----
 
+# Whether build has made this program.
+built() {
+  [ -x "$build/$1" ] || { echo "not built: $build/$1"; return 1; }
+}
+
 stage_suite() {
+  built suite/vmm_tests || return 1
   # One at a time: tests compare what the driver reports as used.
   # shellcheck disable=SC2086
-  $run_env KVCACHED_BACKEND=cuda KVCACHED_FAKE_DRIVER="$build/fake" "$build/suite/vmm_tests" ${SUITE_ARGS:-}
+  "${run_env[@]}" KVCACHED_BACKEND=cuda KVCACHED_FAKE_DRIVER="$build/fake" "$build/suite/vmm_tests" ${SUITE_ARGS:-}
 }
 
 stage_sanitizer() {
@@ -134,6 +144,7 @@ stage_sanitizer() {
     return 77
   fi
   local tool="compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9" rc=0
+  built suite/vmm_tests && built graphs && built soak || return 1
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; return 1; }
   # Errors that the driver returns are not counted here: tests provoke them, and the library handles them.
   # shellcheck disable=SC2046
@@ -154,32 +165,36 @@ memory_suites() {
 }
 
 stage_graphs() {
+  built graphs || return 1
   local size=""
   [ -n "$fake" ] && size="--cycles 24 --size 4M --steps 32 --judge-times 0"
   # shellcheck disable=SC2086
-  $run_env "$build/graphs" $size ${GRAPHS_ARGS:-}
+  "${run_env[@]}" "$build/graphs" $size ${GRAPHS_ARGS:-}
 }
 
 stage_fresh() {
+  built fresh || return 1
   local size=""
   [ -n "$fake" ] && size="--size 64M"
   # Its processes share the fake card's memory through this file.
   # shellcheck disable=SC2086
-  FAKE_CUDA_STATE="$build/fake-fresh" $run_env "$build/fresh" $size ${FRESH_ARGS:-}
+  FAKE_CUDA_STATE="$build/fake-fresh" "${run_env[@]}" "$build/fresh" $size ${FRESH_ARGS:-}
 }
 
 stage_soak() {
+  built soak || return 1
   local size=""
   [ -n "$fake" ] && size="--sleeps 12 --grows 60 --size 64M"
   # shellcheck disable=SC2086
-  $run_env "$build/soak" $size ${SOAK_ARGS:-}
+  "${run_env[@]}" "$build/soak" $size ${SOAK_ARGS:-}
 }
 
 stage_bench() {
+  built kvcached-bench || return 1
   local size="--check"
   [ -n "$fake" ] && size="--rounds 2 --steps 1,8 --size 64M --kv-size 16M --sleep-rounds 2 --seconds 0.1 --processes 2"
   # shellcheck disable=SC2086
-  $run_env "$build/kvcached-bench" --backend cuda $size --json "$out/bench.json" ${BENCH_ARGS:-}
+  "${run_env[@]}" "$build/kvcached-bench" --backend cuda $size --json "$out/bench.json" ${BENCH_ARGS:-}
 }
 
 # ---- one stage, with its budget ----
@@ -224,8 +239,9 @@ run_stage() {
   esac
   [ $rc -eq 0 ] || [ $rc -eq 77 ] || failed=1
   # The last line that says how it ended.
-  line=$(grep -aE '^(ok|FAIL|[a-z0-9-]+: [0-9]+ passed|skipped|[0-9]+ of [0-9]+ bounds)' "$out/$stage.log" | tail -n 1)
-  [ "$stage" = sanitizer ] && line=$(grep -a 'ERROR SUMMARY' "$out/$stage.log" | sed 's/^=* *//' | sort | uniq -c |
+  line=$(grep -aE '^(ok|FAIL|[a-z0-9-]+: [0-9]+ passed|skipped|not built|[0-9]+ of [0-9]+ bounds)' "$out/$stage.log" |
+    tail -n 1)
+  [ "$stage" = sanitizer ] && grep -aq 'ERROR SUMMARY' "$out/$stage.log" && line=$(grep -a 'ERROR SUMMARY' "$out/$stage.log" | sed 's/^=* *//' | sort | uniq -c |
     sed 's/^ *\([0-9]*\) /\1 x /' | paste -sd ';' -)
   table="$table$(printf '%-10s %-5s %4d s of %4d  %s' "$stage" "$word" $((SECONDS - start)) "$limit" "${line:0:110}")
 "

@@ -98,6 +98,44 @@ def test_graphs_sees_a_wrong_word(ran: tuple[Path, str]) -> None:
     assert "FAIL graphs" in done.stdout
 
 
+def test_suite_is_built(tmp_path: Path) -> None:
+    """The C suite, by the script's own commands and not by vmm/Makefile; into a folder with a space in its name."""
+    out = tmp_path / "of the suite"
+    done = run(["bash", str(SCRIPT), str(out), "build", "suite"], FAKE="1", SUITE_ARGS="--suite gate")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^suite +pass .*cuda: \d+ passed, 0 failed, 0 skipped$", done.stdout, re.MULTILINE), (
+        done.stdout
+    )
+
+
+def test_what_is_not_built_is_said(tmp_path: Path) -> None:
+    done = run(["bash", str(SCRIPT), str(tmp_path), "build", "graphs"], FAKE="1", CC="false")
+    assert done.returncode == 1
+    assert re.search(r"^graphs +FAIL .*not built: \S+/graphs$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_help_and_an_unknown_option(tmp_path: Path) -> None:
+    done = run(["bash", str(SCRIPT), "--help"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "run.sh OUT [STAGE...]" in done.stdout
+    done = run(["bash", str(SCRIPT), "--nothing"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--nothing: not an option" in done.stderr
+
+
+def test_bench_says_before_it_measures(ran: tuple[Path, str], tmp_path: Path) -> None:
+    build = ran[0] / "build"
+    bench = [str(build / "kvcached-bench"), "--backend", "cuda", "--only", "growth"]
+    env = {"LD_LIBRARY_PATH": str(build / "fake"), "FAKE_CUDA_MEMORY": str(1 << 30)}
+    missing = str(tmp_path / "missing" / "bench.json")
+    done = run([*bench, "--json", missing], **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--json {missing}: No such file" in done.stderr
+    done = run([*bench, "--steps", "1,1000"], **env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--steps 1000: memory is short" in done.stderr
+
+
 def test_unknown_stage_is_refused(tmp_path: Path) -> None:
     done = run(["bash", str(SCRIPT), str(tmp_path), "nothing"])
     assert done.returncode == 2

@@ -31,6 +31,9 @@ void say_process_failed(int i, const char *how);
 /* Of the clock that times tests. */
 int64_t clock_ms(void);
 
+/* Whether CUDA's first device opens, tried in a process of its own; else why not. */
+int cuda_opens(char *why, size_t size);
+
 /* Runs all tests, as `own_args --child FD FIRST END`: tests [FIRST, END), and what becomes of them goes to
    FD. 0: all have been run. */
 int run_all(char **own_args, int n_args);

@@ -153,9 +153,9 @@ static void run_here(void) {
 
 /* ---- the command line ---- */
 
-static int usage(void) {
+static void usage(FILE *to) {
   fprintf(
-      stderr,
+      to,
       "vmm_tests [--list] [--suite NAME]... [--test [SUITE.]NAME]... [--isolate] [--no-exec]\n"
       "          [--jobs N] [--timeout SECONDS] [--verbose]\n"
       "  --isolate   a process a test instead of one a suite\n"
@@ -163,7 +163,26 @@ static int usage(void) {
       "  --timeout   of one test; default 120, or KVCACHED_TEST_TIMEOUT\n"
       "  KVCACHED_BACKEND=host|host-2m|cuda chooses the backend; KVCACHED_TEST_ROUNDS=N makes the random\n"
       "  tests N times as long; KVCACHED_TEST_SEED=S has them begin with that seed\n");
-  return 2;
+}
+
+/* A number from 1; without one the program ends. */
+static int number(const char *option, const char *text) {
+  int n = text ? atoi(text) : 0;
+  if (n > 0) return n;
+  fprintf(stderr, "%s%s%s: a number from 1 is wanted\n", option, text ? " " : "", text ? text : "");
+  exit(2);
+}
+
+static int filter(const char *option, const char *text, const char **list, int *n) {
+  if (text && *n < MAX_FILTERS) {
+    list[(*n)++] = text;
+    return 0;
+  }
+  if (text)
+    fprintf(stderr, "%s %s: %d of them at most\n", option, text, MAX_FILTERS);
+  else
+    fprintf(stderr, "%s: its value is missing\n", option);
+  return -1;
 }
 
 static int parse(int argc, char **argv) {
@@ -177,18 +196,44 @@ static int parse(int argc, char **argv) {
       opt.no_exec = 1;
     } else if (strcmp(a, "--verbose") == 0) {
       opt.verbose = 1;
-    } else if (strcmp(a, "--suite") == 0 && value && opt.n_suites < MAX_FILTERS) {
-      opt.suite[opt.n_suites++] = value, i++;
-    } else if (strcmp(a, "--test") == 0 && value && opt.n_names < MAX_FILTERS) {
-      opt.name[opt.n_names++] = value, i++;
-    } else if (strcmp(a, "--jobs") == 0 && value && atoi(value) > 0) {
-      opt.jobs = atoi(value) < MAX_JOBS ? atoi(value) : MAX_JOBS, i++;
-    } else if (strcmp(a, "--timeout") == 0 && value && atoi(value) > 0) {
-      opt.timeout_s = atoi(value), i++;
+    } else if (strcmp(a, "--suite") == 0) {
+      if (filter(a, value, opt.suite, &opt.n_suites) != 0) return -1;
+      i++;
+    } else if (strcmp(a, "--test") == 0) {
+      if (filter(a, value, opt.name, &opt.n_names) != 0) return -1;
+      i++;
+    } else if (strcmp(a, "--jobs") == 0) {
+      opt.jobs = number(a, value), i++;
+      if (opt.jobs > MAX_JOBS) opt.jobs = MAX_JOBS;
+    } else if (strcmp(a, "--timeout") == 0) {
+      opt.timeout_s = number(a, value), i++;
+    } else if (strcmp(a, "--help") == 0 || strcmp(a, "-h") == 0) {
+      usage(stdout);
+      exit(0);
     } else {
+      fprintf(stderr, "%s: not an option\n", a);
+      usage(stderr);
       return -1;
     }
   }
+  return 0;
+}
+
+static int no_such_test(void) {
+  fprintf(stderr, "no such test on %s:", backends[chosen_backend]);
+  for (int i = 0; i < opt.n_suites; i++) fprintf(stderr, " --suite %s", opt.suite[i]);
+  for (int i = 0; i < opt.n_names; i++) fprintf(stderr, " --test %s", opt.name[i]);
+  fprintf(stderr, " (--list: all there are)\n");
+  return 2;
+}
+
+/* 0 when a test is chosen that needs CUDA and there is none: said once here, not by every test. */
+static int device_is_there(void) {
+  char why[1100];
+  int wanted = 0;
+  for (int i = 0; i < n_tests; i++) wanted |= backend_of(tests[i]) == CUDA;
+  if (!wanted || cuda_opens(why, sizeof(why))) return 1;
+  fprintf(stderr, "no CUDA here (%s): make test-fake runs the CUDA backend without a GPU\n", why);
   return 0;
 }
 
@@ -206,21 +251,19 @@ int main(int argc, char **argv) {
     }
   }
   if (argc > 1 && strcmp(argv[1], "--peer") == 0) return peer_main(argc - 1, argv + 1);
-  if (parse(child ? argc - 4 : argc, child ? argv + 4 : argv) != 0) return usage();
+  if (parse(child ? argc - 4 : argc, child ? argv + 4 : argv) != 0) return 2;
   if (choose() < 0) {
     fprintf(stderr, "more than %d tests\n", MAX_TESTS);
     return 2;
   }
   if (child) return run_child(atoi(argv[2]), atoi(argv[3]), atoi(argv[4]));
-  if (n_tests == 0) {
-    fprintf(stderr, "no such test\n");
-    return 2;
-  }
+  if (n_tests == 0) return no_such_test();
   if (opt.list) {
     for (int i = 0; i < n_tests; i++)
       printf("%s.%s %s\n", tests[i]->suite, tests[i]->name, backends[backend_of(tests[i])]);
     return 0;
   }
+  if (!device_is_there()) return 3;
   if (opt.no_exec)
     run_here();
   else if (run_all(argv, argc) != 0)

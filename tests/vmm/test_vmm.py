@@ -130,6 +130,28 @@ def test_suites(build: Build, flavour: str, backend: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [], "scratch files were left behind"
 
 
+def test_the_command_line(build: Build, tmp_path: Path) -> None:
+    program = str(build.program("plain"))
+    done = call([program, "--help"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--suite NAME" in done.stdout
+    for arguments, said in (
+        (["--nothing"], "--nothing: not an option"),
+        (["--suite"], "--suite: its value is missing"),
+        (["--jobs", "x"], "--jobs x: a number from 1"),
+        (["--suite", "region", "--test", "none"], "no such test on host: --suite region --test none"),
+    ):
+        done = call([program, *arguments], env=build.environment("host"))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+    # A library by the driver's name that is no driver: said once.
+    (tmp_path / "libcuda.so.1").write_bytes(b"no driver")
+    env = {"KVCACHED_BACKEND": "cuda", "LD_LIBRARY_PATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = call([program, "--suite", "gate"], env=env)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "make test-fake" in done.stderr
+
+
 def test_damaged_ledgers(build: Build, tmp_path: Path) -> None:
     build.program("asan")
     corpus = sorted(map(str, (TESTS / "corpus").iterdir()))

@@ -331,17 +331,28 @@ static void nothing_grows(const step *s) {
   samples_free(&ensure), samples_free(&gate);
 }
 
+/* The step of most pages holds them twice: the library's, and the raw side's. */
+static void must_fit(const step *s, size_t most) {
+  uint64_t free_now, total;
+  RAW(s->dev->ops->memory(s->dev, &free_now, &total));
+  double need = 2.0 * (double)most * (double)s->page;
+  if (need > (double)free_now)
+    bench_fail("--steps %zu: memory is short: twice %zu pages of %zu KiB are %.1f GiB, and %.1f GiB are free",
+               most, most, s->page / KIB, need / (double)GIB, (double)free_now / (double)GIB);
+}
+
 void bench_growth(const bench_options *o, raw_device *dev, report *rep) {
   size_t most = 0;
   for (size_t i = 0; i < o->n_steps; i++) most = o->steps[i] > most ? o->steps[i] : most;
   kvcached_ctx_t ctx = bench_open(o, 0, bench_ledger());
   size_t page = kvcached_page_size(ctx);
   kvcached_shutdown(ctx);
-  ctx = bench_open(o, most * page, bench_ledger());
+  step s = {.o = o, .dev = dev, .rep = rep, .page = page};
+  must_fit(&s, most);
+  s.ctx = ctx = bench_open(o, most * page, bench_ledger());
 
   char title[96], size[32];
   bench_size_text(size, sizeof(size), page);
-  step s = {o, dev, rep, ctx, page, 0, 0};
 #define EACH_STEP for (size_t i = 0; i < o->n_steps && (s.pages = o->steps[i], s.bytes = s.pages * page); i++)
   (void)snprintf(title, sizeof(title), "KV pages of %s, cold", size);
   report_section(rep, title);

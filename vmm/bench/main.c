@@ -256,6 +256,8 @@ int main(int argc, char **argv) {
                        .processes = 8,
                        .contention_s = 1}};
   parse(argc, argv, &r);
+  FILE *json = NULL; /* before the measurements, which are not to be lost for it */
+  if (r.json && !(json = fopen(r.json, "we"))) bench_fail("--json %s: %s", r.json, strerror(errno));
   if (kvcached_abi_version() != KVCACHED_ABI_VERSION)
     bench_fail("libkvcached.so has ABI %u, this program was built for %d", (unsigned)kvcached_abi_version(),
                KVCACHED_ABI_VERSION);
@@ -279,7 +281,7 @@ int main(int argc, char **argv) {
   report_table(rep);
   printf("\n%zu of %zu bounds hold%s\n", bounds - failures, bounds,
          bounds ? "" : " (bounds are for cuda, and for the parts that were run)");
-  if (r.json && report_json(rep, r.json) != 0) bench_fail("%s: %s", r.json, strerror(errno));
+  if (json && report_json(rep, json) != 0) bench_fail("--json %s: %s", r.json, strerror(errno));
   report_free(rep);
   if (fflush(stdout) != 0) bench_fail("the table could not be written: %s", strerror(errno));
   return r.check && (failures || !bounds) ? 1 : 0;

@@ -3,6 +3,7 @@
 #define REPORT_H
 
 #include <stddef.h>
+#include <stdio.h>
 #include <stdint.h>
 
 /* Measurements of one thing. Zero it before use; report_row empties it. */
@@ -41,7 +42,7 @@ void report_bound_value(report *rep, bound_kind kind, double bound);
 size_t report_failures(const report *rep, size_t *bounds);
 
 void report_table(const report *rep);
-/* 0, or -1 with errno. */
-int report_json(const report *rep, const char *path);
+/* Closes the file. 0, or -1 with errno. */
+int report_json(const report *rep, FILE *f);
 
 #endif

@@ -192,8 +192,9 @@ static void weights(sides *s) {
   one(s, "weights_wake_first", "wake after it", "ms", ms(first_wake));
   one(s, "weights_prepare_sleep", "prepare_sleep, until host memory and copy are there", "ms", ms(prepare));
   one(s, "weights_sleep_prepared", "sleep after it", "ms", ms(after_prepare));
-  one(s, "weights_host_pinned_percent", "host memory of the copy that is pinned", "%",
-      held.host_bytes ? 100.0 * (double)held.host_pinned / (double)held.host_bytes : 0);
+  report_value(s->rep,
+               (report_row_id){"weights_host_pinned_percent", "host memory of the copy that is pinned", "%"},
+               held.host_bytes ? 100.0 * (double)held.host_pinned / (double)held.host_bytes : 0);
   end(s);
   samples_free(&sleep), samples_free(&wake), samples_free(&wake_rate), samples_free(&in), samples_free(&out);
   samples_free(&unmap), samples_free(&make), samples_free(&make_copy);

@@ -185,7 +185,7 @@ static int wait_answer(struct kvcached_ledger *l, int slot, int command, uint64_
       leave_alone(s, sequence, command);
       if (result == KVCACHED_OK) return result;
       return kvc_fail(result, "slot %d of %s (pid %" PRIu64 ") answered to %s: %s", slot, l->path, pid, name,
-                      kvcached_strerror(result));
+                      kvcached_err_name(result));
     }
     if (there < 0) return there;
     if (!there) {
