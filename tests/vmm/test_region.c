@@ -1,4 +1,5 @@
 /* Regions: states, content and limits, and that the system's own figures agree. */
+#include "context.h"
 #include "support.h"
 
 static void expect_run(kvcached_region_t r, size_t off, size_t len, size_t run, int ensured) {
@@ -230,6 +231,27 @@ TEST(region, ensured_costs_no_device_call) {
   CHECK_OK(kvcached_release(r, 0, 16 * page)); /* nor when content is dropped */
   CHECK_EQ(stats_of(ctx).device_calls, calls);
   CHECK_EQ(stats_of(ctx).ensures, 1);
+  kvcached_shutdown(ctx);
+}
+
+/* Memory that lay in a row does so again. */
+TEST_CUDA(region, pool_keeps_order) {
+  const size_t page = test_page();
+  kvcached_options_t o;
+  test_options(&o);
+  o.ledger_path = "";
+  o.pool_limit = 8 * page;
+  kvcached_ctx_t ctx = open_with(&o);
+  kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
+  uint64_t before[8];
+  CHECK_OK(kvcached_ensure(r, 0, 8 * page));
+  memcpy(before, r->pages.handle, sizeof(before));
+  kvcached_unreserve(r);
+  CHECK_EQ(stats_of(ctx).pooled, 8 * page);
+  r = reserve(ctx, KVCACHED_KV, 12 * page);
+  CHECK_OK(kvcached_ensure(r, 2 * page, 8 * page));
+  CHECK_EQ(stats_of(ctx).pooled, 0);
+  CHECK(memcmp(before, r->pages.handle + 2, sizeof(before)) == 0);
   kvcached_shutdown(ctx);
 }
 

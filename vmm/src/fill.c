@@ -38,8 +38,7 @@ void kvc_run_begin(kvc_run *run) {
   run->given = run->made = run->mapped = 0;
   run->queued = 0;
   if (!can_pool(r)) return;
-  while (run->given < run->n && kvc_pool_take(&r->ctx->pool, &r->pages.handle[run->first + run->given]))
-    run->given++;
+  run->given = kvc_pool_take(&r->ctx->pool, &r->pages.handle[run->first], run->n);
   run->made = run->given;
 }
 

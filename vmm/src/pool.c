@@ -24,10 +24,12 @@ int kvc_pool_put(kvc_pool *pool, kvc_handle handle) {
   return ok;
 }
 
-int kvc_pool_take(kvc_pool *pool, kvc_handle *out) {
-  if (pool->n == 0) return 0;
-  *out = pool->handle[--pool->n];
-  return 1;
+size_t kvc_pool_take(kvc_pool *pool, kvc_handle *out, size_t n) {
+  size_t got = n < pool->n ? n : pool->n;
+  if (got == 0) return 0;
+  pool->n -= got;
+  memcpy(out, pool->handle + pool->n, got * sizeof(*out));
+  return got;
 }
 
 int kvc_pool_destroy(struct kvcached_ctx *ctx, size_t size, kvc_handle handle) {

@@ -23,8 +23,9 @@ typedef struct kvc_pool {
 
 /* Puts a handle of one KV page in; 0 when there is no memory for the entry (the caller destroys it then). */
 int kvc_pool_put(kvc_pool *pool, kvc_handle handle);
-/* Takes one out; 0 when there is none. */
-int kvc_pool_take(kvc_pool *pool, kvc_handle *out);
+/* Takes up to n out, those put in last, and returns how many. They keep the order they were put in: memory
+   that lay in a row does so again. */
+size_t kvc_pool_take(kvc_pool *pool, kvc_handle *out, size_t n);
 /* Ends a handle whose claim the caller holds: 1 when it was destroyed, 0 when it became an orphan, which
    keeps the claim. */
 int kvc_pool_destroy(struct kvcached_ctx *ctx, size_t size, kvc_handle handle);
