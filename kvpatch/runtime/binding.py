@@ -7,6 +7,7 @@ import dataclasses
 import operator
 import os
 import sys
+from abc import ABC, abstractmethod
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from kvpatch import library
 from kvpatch.errors import KvpatchError, LibraryError, UsageError
 from kvpatch.runtime.structures import ABI, PROTOTYPES, UINT64_MAX
 
+C = TypeVar("C", bound="Closing")
 T = TypeVar("T")
 E = TypeVar("E", bound=IntEnum)
 
@@ -45,6 +47,19 @@ class CallError(LibraryError):
         self.sentence = sentence
         self.detail = detail
         _note_hint(self)
+
+
+class Closing(ABC):
+    """What is closed at the end of a `with` block."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
 
 
 class Library:

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from ctypes import byref
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from kvpatch.errors import UsageError
@@ -17,6 +16,7 @@ from kvpatch.runtime.binding import (
     INT_MAX,
     UINT32_MAX,
     CallError,
+    Closing,
     Library,
     frozen,
     limit_number,
@@ -102,7 +102,7 @@ class Stats:
     device_calls: int
 
 
-class Context:
+class Context(Closing):
     """An open context; every failing method raises CallError. Not to be used by one thread while another closes it."""
 
     def __init__(self, options: Options | None = None, *, library: Library | None = None) -> None:
@@ -127,14 +127,6 @@ class Context:
         """Free all regions and allocations, give the slot back and end the context."""
         self._handle = None
         self._finalizer()
-
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def page_size(self) -> int:
@@ -254,7 +246,7 @@ class Context:
         return self._handle
 
 
-class Region:
+class Region(Closing):
     """Addresses reserved from a context. Offsets and lengths are bytes; every failing method raises CallError.
 
     It lasts until it is closed or its context is: dropping the object alone gives nothing back.
@@ -276,14 +268,6 @@ class Region:
         if handle is not None and self._context._handle is not None:
             self._context.library.raw("unreserve", handle)
             self._context._callbacks.pop(handle, None)
-
-    def __enter__(self) -> Region:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def ensure(self, offset: int, length: int) -> None:
         """Make every page touching the range usable, or none."""

@@ -8,11 +8,11 @@ import weakref
 from ctypes import byref
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from kvpatch.runtime.binding import (
     INT_MAX,
     UINT32_MAX,
+    Closing,
     Library,
     frozen,
     limit_number,
@@ -70,7 +70,7 @@ class Limit:
     overage: int
 
 
-class Ledger:
+class Ledger(Closing):
     """An open ledger. Not to be used by one thread while another closes it."""
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, library: Library | None = None) -> None:
@@ -108,14 +108,6 @@ class Ledger:
         """Drop all leases taken through this handle, and the handle."""
         self._handle = None
         self._finalizer()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def slots(self) -> tuple[Slot, ...]:
         """The live slots, by number. Raises CallError."""

@@ -6,8 +6,6 @@
 
 #include <pthread.h>
 
-enum { UNIT = 4096 };
-
 /* Answers a command that was taken: freed is 1000 + number, in units; a sleep is refused as busy. */
 void answer_one(user u, int command, unsigned number);
 

@@ -97,3 +97,21 @@ void *shared_memory(size_t size) {
   CHECK(p != MAP_FAILED);
   return p;
 }
+
+kvcached_limit_t limit_set(kvcached_ledger_t ledger, const char *group, uint64_t bytes, uint32_t revision) {
+  kvcached_limit_t out = {.struct_size = sizeof(out)};
+  CHECK_OK(kvcached_ledger_set_limit(ledger, group, bytes, revision, &out));
+  return out;
+}
+
+kvcached_limit_t limit_get(kvcached_ledger_t ledger, const char *group) {
+  kvcached_limit_t out = {.struct_size = sizeof(out)};
+  CHECK_OK(kvcached_ledger_get_limit(ledger, group, &out));
+  return out;
+}
+
+void check_limit(kvcached_limit_t got, int result, uint32_t revision, uint64_t limit) {
+  CHECK_EQ(got.result, result);
+  CHECK_EQ(got.revision, revision);
+  CHECK_EQ(got.limit, limit);
+}

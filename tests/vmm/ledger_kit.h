@@ -26,6 +26,13 @@ void unmap_ledger(kvc_ledger_map *map);
 /* Leaves an announcement in a slot: a claim of that age which will be charged `target` in all. */
 void announce(kvc_ledger_map *map, int slot, int account, uint64_t age, int state, uint64_t target);
 
+/* What limits are rounded down to. */
+enum { UNIT = 4096 };
+/* Limits, of a group or (NULL) of the card; the calls must succeed, whatever became of the setting. */
+kvcached_limit_t limit_set(kvcached_ledger_t ledger, const char *group, uint64_t bytes, uint32_t revision);
+kvcached_limit_t limit_get(kvcached_ledger_t ledger, const char *group);
+void check_limit(kvcached_limit_t got, int result, uint32_t revision, uint64_t limit);
+
 /* A forked child that runs body and ends well, unless a CHECK in it fails. */
 pid_t child_start(void (*body)(void *), void *arg);
 void child_join(pid_t pid); /* it must end well */

@@ -12,8 +12,6 @@
 
 /* ---- claims under way elsewhere: stopped processes, played by what they left in their slot ---- */
 
-enum { UNIT = 4096 };
-
 /* The younger one is withdrawn at once, whatever became of its process. */
 TEST_HOST(ledger, older_claim_wins_at_once) {
   const char *path = scratch("older");

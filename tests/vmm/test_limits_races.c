@@ -5,26 +5,6 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-enum { UNIT = 4096 };
-
-static kvcached_limit_t set(kvcached_ledger_t l, const char *group, uint64_t bytes, uint32_t revision) {
-  kvcached_limit_t out = {.struct_size = sizeof(out)};
-  CHECK_OK(kvcached_ledger_set_limit(l, group, bytes, revision, &out));
-  return out;
-}
-
-static kvcached_limit_t get(kvcached_ledger_t l, const char *group) {
-  kvcached_limit_t out = {.struct_size = sizeof(out)};
-  CHECK_OK(kvcached_ledger_get_limit(l, group, &out));
-  return out;
-}
-
-static void check_limit(kvcached_limit_t got, int result, uint32_t revision, uint64_t limit) {
-  CHECK_EQ(got.result, result);
-  CHECK_EQ(got.revision, revision);
-  CHECK_EQ(got.limit, limit);
-}
-
 enum { SETTERS = 4, SETTINGS = 1000 };
 
 typedef struct setter {
@@ -39,7 +19,7 @@ static void *set_often(void *arg) {
   while (!atomic_load(s->go)) sched_yield();
   for (unsigned i = 0; i < SETTINGS; i++) {
     uint64_t bytes = (1 + next_random(&s->seed) % 1000) * (uint64_t)UNIT;
-    s->applied += set(s->ledger, s->group, bytes, 0).result == KVCACHED_LIMIT_APPLIED;
+    s->applied += limit_set(s->ledger, s->group, bytes, 0).result == KVCACHED_LIMIT_APPLIED;
   }
   return NULL;
 }
@@ -61,8 +41,8 @@ static void race_of_threads(const char *path, const char *group) {
     applied += s[i].applied;
     kvcached_ledger_close(s[i].ledger);
   }
-  CHECK_LE(applied, get(first.ledger, group).revision);
-  CHECK_EQ(get(first.ledger, group).revision, SETTERS * SETTINGS);
+  CHECK_LE(applied, limit_get(first.ledger, group).revision);
+  CHECK_EQ(limit_get(first.ledger, group).revision, SETTERS * SETTINGS);
   user_end(&first);
   user_end(&second);
 }
@@ -87,7 +67,7 @@ static void set_in_step(void *arg) {
   for (unsigned i = 0; i < RACE_ROUNDS; i++) {
     atomic_fetch_add(&c->arena->ready, 1);
     while (atomic_load(&c->arena->round) <= i) sched_yield();
-    kvcached_limit_t done = set(l, c->group, (c->number + 1) * (uint64_t)UNIT, i + 1);
+    kvcached_limit_t done = limit_set(l, c->group, (c->number + 1) * (uint64_t)UNIT, i + 1);
     if (done.result == KVCACHED_LIMIT_APPLIED) {
       atomic_fetch_add(&c->arena->won[i], 1);
       atomic_store(&c->arena->bytes[i], done.limit);
@@ -114,7 +94,7 @@ static void race_of_processes(const char *path, const char *group) {
     atomic_store(&a->round, i + 1);
     WAIT_FOR(atomic_load(&a->won[i]) + atomic_load(&a->lost[i]) == SETTERS);
     CHECK_EQ(atomic_load(&a->won[i]), 1);
-    check_limit(get(first.ledger, group), KVCACHED_LIMIT_APPLIED, i + 1, atomic_load(&a->bytes[i]));
+    check_limit(limit_get(first.ledger, group), KVCACHED_LIMIT_APPLIED, i + 1, atomic_load(&a->bytes[i]));
   }
   for (int i = 0; i < SETTERS; i++) child_join(pid[i]);
   user_end(&first);
@@ -140,8 +120,9 @@ TEST_HOST(limits, not_lost_while_slots_come_and_go) {
   pid_t pid[3];
   for (int i = 0; i < 3; i++) pid[i] = child_start(come_and_go, (void *)(uintptr_t)path);
   for (uint32_t i = 1; i <= 200; i++) {
-    check_limit(set(mine.ledger, "g", i * (uint64_t)UNIT, i), KVCACHED_LIMIT_APPLIED, i, i * (uint64_t)UNIT);
-    check_limit(get(mine.ledger, "g"), KVCACHED_LIMIT_APPLIED, i, i * (uint64_t)UNIT);
+    check_limit(limit_set(mine.ledger, "g", i * (uint64_t)UNIT, i), KVCACHED_LIMIT_APPLIED, i,
+                i * (uint64_t)UNIT);
+    check_limit(limit_get(mine.ledger, "g"), KVCACHED_LIMIT_APPLIED, i, i * (uint64_t)UNIT);
     CHECK_EQ(slot_in(path, mine.slot).limit, i * (uint64_t)UNIT);
   }
   for (int i = 0; i < 3; i++) child_kill(pid[i]);
@@ -186,12 +167,12 @@ static void lower_and_raise(const char *path, const char *group) {
   }
   for (unsigned i = 0; i < rounds(30); i++) {
     const uint64_t low = (10 + i % 30) * (uint64_t)UNIT;
-    int result = set(mine.ledger, group, low, 0).result;
+    int result = limit_set(mine.ledger, group, low, 0).result;
     for (int64_t until = now_ms() + 10000; result == KVCACHED_LIMIT_DEFERRED && now_ms() < until;)
-      result = get(mine.ledger, group).result;
+      result = limit_get(mine.ledger, group).result;
     CHECK_EQ(result, KVCACHED_LIMIT_APPLIED);
     for (int64_t until = now_ms() + 4; now_ms() < until;) CHECK_LE(atomic_load(&held), low);
-    CHECK_EQ(set(mine.ledger, group, 120 * UNIT, 0).result, KVCACHED_LIMIT_APPLIED);
+    CHECK_EQ(limit_set(mine.ledger, group, 120 * UNIT, 0).result, KVCACHED_LIMIT_APPLIED);
     sleep_ms(1);
   }
   atomic_store(&stop, 1);
