@@ -14,7 +14,7 @@ from __future__ import annotations
 from kvpatch.runtime.binding import CallError, Library, load
 from kvpatch.runtime.context import ALL_KINDS, Context, Options, Region, Stats
 from kvpatch.runtime.ledger import Ledger, Limit, Slot
-from kvpatch.runtime.structures import Backend, Command, Kind, LimitResult, LogLevel, Lookahead
+from kvpatch.runtime.structures import Backend, Command, Event, Kind, LimitResult, LogLevel, Lookahead
 
 __all__ = [
     "ALL_KINDS",
@@ -22,6 +22,7 @@ __all__ = [
     "CallError",
     "Command",
     "Context",
+    "Event",
     "Kind",
     "Ledger",
     "Library",

@@ -27,15 +27,18 @@ from kvpatch.runtime.binding import (
     text,
 )
 from kvpatch.runtime.structures import (
+    EVENT_FUNCTION,
     LOG_FUNCTION,
     NO_CONTROL,
     RELOAD_FUNCTION,
     UINT64_MAX,
     Backend,
+    Event,
     Kind,
     LogLevel,
     Lookahead,
     OptionsStruct,
+    RangeStruct,
     StatsStruct,
 )
 
@@ -49,7 +52,8 @@ class Options:
     `ledger` is a path, None or True the device's own, False none at all. `slot` -1 takes a free one. `backend` and
     `lookahead` may be given by name. What is wrong raises UsageError when the context is opened. `control` False:
     commands to its slot are not answered. `log` is called with the context locked, and from the library's threads: it
-    must not use the context.
+    must not use the context. `event` hears of sleep, waking and trims, with the figures of that moment; like `log` it is
+    called with the context locked, from any thread, and must not use the library nor raise.
     """
 
     backend: Backend | int | str = Backend.HOST
@@ -68,8 +72,10 @@ class Options:
     host_limit: int | None = None
     headroom: int | None = None
     room_wait_ms: int | None = None
+    idle_trim_ms: int | None = None
     control: bool = True
     log: Callable[[LogLevel, str], None] | None = None
+    event: Callable[[Event, Stats], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +106,8 @@ class Stats:
     last_sleep_ns: int
     last_wake_ns: int
     device_calls: int
+    last_inside_ns: int
+    kind_asleep: tuple[int, int, int]
 
 
 class Context(Closing):
@@ -229,8 +237,7 @@ class Context(Closing):
     def _stats(self, function: str, handle: int) -> Stats:
         out = StatsStruct(struct_size=ctypes.sizeof(StatsStruct))
         self._call("read the figures", function, handle, byref(out))
-        limits = dict.fromkeys(("limit", "host_limit", "card_limit"), limit_or_none)
-        return frozen(Stats, out, **limits)
+        return _figures(out)
 
     def _call(self, action: str, function: str, *arguments: Any) -> None:
         try:
@@ -276,6 +283,12 @@ class Region(Closing):
     def prepare(self, offset: int, length: int) -> None:
         """Ask that unmapped pages of the range be mapped ahead of an ensure."""
         self._range("prepare", offset, length)
+
+    def prepare_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The same for several ranges (offset, length), worked off in their order; none: forgets the last request."""
+        pairs = [(number("offset", offset), number("length", length)) for offset, length in ranges]
+        array = (RangeStruct * len(pairs))(*pairs)
+        self._context._call(f"prepare {len(pairs)} ranges", "prepare_ranges", self._open(), array, len(pairs))
 
     def release(self, offset: int, length: int) -> None:
         """Drop the content of all pages wholly inside the range; their memory stays for reuse until a trim."""
@@ -355,8 +368,10 @@ def _fill(struct: OptionsStruct, options: Options) -> None:
         value = getattr(options, name)
         if value is not None:
             setattr(struct, name, number(name, value, UINT64_MAX))
-    if options.room_wait_ms is not None:
-        struct.room_wait_ms = number("room_wait_ms", options.room_wait_ms, UINT32_MAX)
+    for name in ("room_wait_ms", "idle_trim_ms"):
+        value = getattr(options, name)
+        if value is not None:
+            setattr(struct, name, number(name, value, UINT32_MAX))
     if options.slot is not None:
         struct.slot = number("slot", options.slot, INT_MAX, least=-1)
     if options.device is not None:
@@ -375,6 +390,18 @@ def _fill(struct: OptionsStruct, options: Options) -> None:
             log(LogLevel(level), message.decode("utf-8", "replace"))
 
         struct.log = LOG_FUNCTION(call)
+    if options.event is not None:
+        event = options.event
+
+        def tell(what: int, now: Any, _user: Any) -> None:
+            event(Event(what), _figures(now.contents))
+
+        struct.event = EVENT_FUNCTION(tell)
+
+
+def _figures(struct: StatsStruct) -> Stats:
+    limits = dict.fromkeys(("limit", "host_limit", "card_limit"), limit_or_none)
+    return frozen(Stats, struct, **limits)
 
 
 def _ledger_path(ledger: str | os.PathLike[str] | bool | None) -> bytes | None:

@@ -22,7 +22,7 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any
 
-ABI = 2
+ABI = 3
 UINT64_MAX = 2**64 - 1
 NAME_MAX = 63
 GROUP_MAX = 31
@@ -81,35 +81,17 @@ class Command(IntEnum):
     WAKE = 3
 
 
+class Event(IntEnum):
+    """What the event function hears of (kvcached_event)."""
+
+    SLEEPING = 1
+    SLEPT = 2
+    WOKE = 3
+    TRIMMED = 4
+
+
 LOG_FUNCTION = CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 RELOAD_FUNCTION = CFUNCTYPE(c_int, c_void_p, c_void_p)
-
-
-class OptionsStruct(ctypes.Structure):
-    """kvcached_options_t."""
-
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("backend", c_int),
-        ("page_size", c_size_t),
-        ("limit", c_uint64),
-        ("name", c_char_p),
-        ("group", c_char_p),
-        ("ledger_path", c_char_p),
-        ("slot", c_int),
-        ("fixed", c_uint64),
-        ("log", LOG_FUNCTION),
-        ("log_user", c_void_p),
-        ("device", c_int),
-        ("pci_bus_id", c_char_p),
-        ("large_page", c_size_t),
-        ("pool_limit", c_uint64),
-        ("lookahead", c_int),
-        ("host_limit", c_uint64),
-        ("headroom", c_uint64),
-        ("room_wait_ms", c_uint32),
-        ("flags", c_uint32),
-    ]
 
 
 class StatsStruct(ctypes.Structure):
@@ -141,6 +123,41 @@ class StatsStruct(ctypes.Structure):
         ("last_sleep_ns", c_uint64),
         ("last_wake_ns", c_uint64),
         ("device_calls", c_uint64),
+        ("last_inside_ns", c_uint64),
+        ("kind_asleep", c_uint64 * 3),
+    ]
+
+
+EVENT_FUNCTION = CFUNCTYPE(None, c_int, POINTER(StatsStruct), c_void_p)
+
+
+class OptionsStruct(ctypes.Structure):
+    """kvcached_options_t."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("backend", c_int),
+        ("page_size", c_size_t),
+        ("limit", c_uint64),
+        ("name", c_char_p),
+        ("group", c_char_p),
+        ("ledger_path", c_char_p),
+        ("slot", c_int),
+        ("fixed", c_uint64),
+        ("log", LOG_FUNCTION),
+        ("log_user", c_void_p),
+        ("device", c_int),
+        ("pci_bus_id", c_char_p),
+        ("large_page", c_size_t),
+        ("pool_limit", c_uint64),
+        ("lookahead", c_int),
+        ("host_limit", c_uint64),
+        ("headroom", c_uint64),
+        ("room_wait_ms", c_uint32),
+        ("flags", c_uint32),
+        ("event", EVENT_FUNCTION),
+        ("event_user", c_void_p),
+        ("idle_trim_ms", c_uint32),
     ]
 
 
@@ -187,6 +204,15 @@ class SlotStruct(ctypes.Structure):
     ]
 
 
+class RangeStruct(ctypes.Structure):
+    """kvcached_range_t."""
+
+    _fields_ = [
+        ("off", c_size_t),
+        ("len", c_size_t),
+    ]
+
+
 _CTX = _REGION = _LEDGER = c_void_p
 # Function (without kvcached_) to its result and its arguments.
 PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -214,6 +240,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "region_page_size": (c_size_t, [_REGION]),
     "ensure": (c_int, [_REGION, c_size_t, c_size_t]),
     "prepare": (c_int, [_REGION, c_size_t, c_size_t]),
+    "prepare_ranges": (c_int, [_REGION, POINTER(RangeStruct), c_size_t]),
     "release": (c_int, [_REGION, c_size_t, c_size_t]),
     "trim": (c_int, [_CTX, c_size_t, POINTER(c_size_t)]),
     "mapped_run": (c_int, [_REGION, c_size_t, c_size_t, POINTER(c_size_t), POINTER(c_int)]),

@@ -24,6 +24,7 @@ from kvpatch.runtime import (
     CallError,
     Command,
     Context,
+    Event,
     Kind,
     Ledger,
     Library,
@@ -99,6 +100,7 @@ STRUCTS: dict[str, Any] = {
     "kvcached_stats_t": structures.StatsStruct,
     "kvcached_limit_t": structures.LimitStruct,
     "kvcached_slot_t": structures.SlotStruct,
+    "kvcached_range_t": structures.RangeStruct,
 }
 ENUMS: dict[str, type[IntEnum]] = {
     "BACKEND_": Backend,
@@ -107,6 +109,7 @@ ENUMS: dict[str, type[IntEnum]] = {
     "": Kind,
     "LIMIT_": LimitResult,
     "CMD_": Command,
+    "EVENT_": Event,
 }
 
 
@@ -711,7 +714,7 @@ def test_an_interrupted_compilation_leaves_nothing(
 def test_a_library_of_another_abi(tmp_path: Path) -> None:
     other = shared_object(tmp_path / "libkvcached.so", "unsigned kvcached_abi_version(void) { return 99; }\n")
     with pytest.raises(
-        LibraryError, match=r"libkvcached\.so cannot be used: its ABI is 99, this kvpatch needs 2"
+        LibraryError, match=r"libkvcached\.so cannot be used: its ABI is 99, this kvpatch needs 3"
     ):
         load(other)
 
@@ -724,7 +727,9 @@ def test_what_is_no_libkvcached(tmp_path: Path) -> None:
     other = shared_object(tmp_path / "other.so", "int nothing;\n")
     with pytest.raises(LibraryError, match="kvcached_abi_version"):
         load(other)
-    part = shared_object(tmp_path / "part.so", "unsigned kvcached_abi_version(void) { return 2; }\n")
+    part = shared_object(
+        tmp_path / "part.so", f"unsigned kvcached_abi_version(void) {{ return {structures.ABI}; }}\n"
+    )
     with pytest.raises(LibraryError, match="kvcached_version"):
         load(part)
 

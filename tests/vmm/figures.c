@@ -151,7 +151,7 @@ static int is_settled(kvcached_ctx_t ctx) {
   int settled = !ctx->worker_region && ctx->sleep_ahead == 0;
   for (kvcached_region_t r = ctx->regions; r; r = r->next) {
     host += r->copy.capacity;
-    settled &= r->ahead_first >= r->ahead_end;
+    settled &= !kvc_is_ahead(r);
   }
   settled &= ctx->host_claim == host; /* a piece on its way to a region belongs to none */
   pthread_mutex_unlock(&ctx->mutex);

@@ -52,8 +52,8 @@
 extern "C" {
 #endif
 
-#define KVCACHED_ABI_VERSION 2
-#define KVCACHED_VERSION "0.2.0"
+#define KVCACHED_ABI_VERSION 3
+#define KVCACHED_VERSION "0.3.0"
 
 #if defined(_WIN32)
 #error "libkvcached needs Linux"
@@ -159,6 +159,20 @@ enum kvcached_flags {
   KVCACHED_NO_CONTROL = 1 /* no control thread: commands to this context's slot are not answered */
 };
 
+/* What the event function hears of; whoever brings it about: a call, a command, the need of room, a limit, the
+   idle time. Each comes after the fact, save SLEEPING. */
+enum kvcached_event {
+  /* Memory is about to be unmapped by a sleep, everything that outlives it has been copied. The gate is held
+     alone and the device is idle: the last moment for what holds on to addresses or to device memory of its
+     own. SLEPT comes next, or WOKE where the sleep failed and was undone. */
+  KVCACHED_EVENT_SLEEPING = 1,
+  KVCACHED_EVENT_SLEPT = 2,
+  KVCACHED_EVENT_WOKE = 3,   /* one or more regions have memory and content again */
+  KVCACHED_EVENT_TRIMMED = 4 /* pooled, ready or idle memory went back to the device */
+};
+
+struct kvcached_stats;
+
 #define KVCACHED_NAME_MAX 63  /* bytes of a slot's name, without the end */
 #define KVCACHED_GROUP_MAX 31 /* bytes of a group id, without the end */
 
@@ -199,6 +213,18 @@ typedef struct kvcached_options {
   uint64_t headroom;   /* bytes of free device memory that kvcached_available leaves for others; default 0 */
   uint32_t room_wait_ms; /* bound of a wait for room at other processes; default 1000 */
   uint32_t flags;        /* kvcached_flags */
+  /* -- since ABI 3 -- */
+  /* Event: kvcached_event; now: the context's figures at that moment, gone when the function returns. Called
+     on any thread, the library's own too, with locks of the context held: no call of the library on a handle
+     of this process from in there, kvcached_strerror and kvcached_err_name apart. A lock that it takes must
+     not be held by anybody who calls the library meanwhile, or both wait forever. Calls of CUDA are fine, no
+     CUDA context is current on the library's own threads; work launched there is waited for before memory
+     goes. May be NULL. */
+  void (*event)(int event, const struct kvcached_stats *now, void *user);
+  void *event_user;
+  /* Once nobody was inside the gate for so long, and nothing was mapped, released or made ready meanwhile,
+     pooled, ready and idle memory is given back, by a thread of the library; 0 = never. */
+  uint32_t idle_trim_ms;
 } kvcached_options_t;
 
 /* Defaults: host, default page sizes, no limits, no name, own group, default ledger, no slot. */
@@ -278,6 +304,14 @@ KVCACHED_API int kvcached_ensure(kvcached_region_t region, size_t off, size_t le
    like idle ones. A request replaces the region's previous one. E_INVAL range; E_FORKED. */
 KVCACHED_API int kvcached_prepare(kvcached_region_t region, size_t off, size_t len);
 
+/* The same for several ranges, in their order; they may be anywhere and overlap. Copied. The at most eight
+   pages of INLINE are those of all of them together. n 0 (ranges may be NULL then) forgets the region's
+   request. On failure the previous request holds. E_INVAL a range, or NULL; E_NOMEM; E_FORKED. */
+typedef struct kvcached_range {
+  size_t off, len;
+} kvcached_range_t;
+KVCACHED_API int kvcached_prepare_ranges(kvcached_region_t region, const kvcached_range_t *ranges, size_t n);
+
 /* Declares the content of all pages lying wholly inside [off, off+len) dropped. Ensured ones become idle:
    still mapped, counted and claimed, ready for reuse, until trim or pressure takes them; sleeping ones become
    unmapped. Touching an idle page is the caller's error though it need not fault. E_INVAL range; E_FORKED. */
@@ -355,6 +389,9 @@ typedef struct kvcached_stats {
   uint64_t sleeps, wakes;  /* that changed something */
   uint64_t last_sleep_ns, last_wake_ns; /* how long the last took */
   uint64_t device_calls; /* calls of the backend that changed mappings, copied, zeroed or waited */
+  /* -- since ABI 3 -- */
+  uint64_t last_inside_ns; /* CLOCK_MONOTONIC of the last enter or leave that was not nested; 0: never */
+  uint64_t kind_asleep[3]; /* `asleep` by kvcached_kind */
 } kvcached_stats_t;
 
 /* Totals of a context, or the figures of one region (limits, charges, pool, host_limit and page_size apart

@@ -17,8 +17,14 @@ void kvc_log(const struct kvcached_ctx *ctx, int level, const char *fmt, ...) {
   ctx->log(level, msg, ctx->log_user);
 }
 
+static _Thread_local int in_event;
+
+void kvc_enter_event(void) { in_event++; }
+void kvc_leave_event(void) { in_event--; }
+
 int kvc_check_ctx(const struct kvcached_ctx *ctx) {
   if (!ctx) return kvc_fail(KVCACHED_E_INVAL, "ctx is NULL");
+  if (in_event) return kvc_fail(KVCACHED_E_INVAL, "called from an event function, which must not");
   return ctx->pid == kvc_pid() ? KVCACHED_OK : kvc_fail_forked(ctx->pid);
 }
 
@@ -195,7 +201,7 @@ static int make_locks(struct kvcached_ctx *ctx) {
   if (e) goto no_mutex;
   e = pthread_cond_init(&ctx->busy_cond, NULL);
   if (e) goto no_busy;
-  e = pthread_cond_init(&ctx->work_cond, NULL);
+  e = kvc_cond_init(&ctx->work_cond);
   if (!e) return KVCACHED_OK;
   (void)pthread_cond_destroy(&ctx->busy_cond);
 no_busy:
@@ -256,8 +262,14 @@ int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out) {
     return err;
   }
   err = open_all(ctx);
+  if (!err && o.idle_trim_ms > 0) {
+    (void)pthread_mutex_lock(&ctx->mutex); /* commands are answered already */
+    err = kvc_worker_start(ctx);
+    (void)pthread_mutex_unlock(&ctx->mutex);
+  }
   if (err) {
     kvc_detail d = kvc_detail_keep();
+    kvc_stop_threads(ctx);
     kvcached_ledger_close(ctx->ledger);
     if (ctx->device) ctx->backend->close(ctx->device);
     end_locks(ctx);

@@ -6,9 +6,9 @@
  *   region.c    the public calls on pages             wake.c      memory and content for sleepers
  *   ensure.c    making pages usable, own room         hostcopy.c  host memory that keeps sleeping content
  *   fill.c      memory under runs of pages, undoing   room.c      own idle memory, then other processes
- *   pool.c      handles without an address            worker.c    look-ahead, the helper thread
- *   access.c    read, write, clear; alloc and free    control.c   the thread that answers commands
- *   process.c   which process this is
+ *   pool.c      handles without an address            ahead.c     look-ahead
+ *   access.c    read, write, clear; alloc and free    worker.c    the helper thread, idle time
+ *   process.c   which process this is                 control.c   the thread that answers commands
  *
  * Locks, in the order they are taken: the gate (shared or alone), then ctx->mutex, then those of the ledger.
  * Whoever holds the mutex never waits for the gate. Driver calls are made with the mutex held, but those of
@@ -39,6 +39,14 @@ typedef struct kvc_counters {
   uint64_t ensures, releases, trims, limit_failures, sleeps, wakes, last_sleep_ns, last_wake_ns;
 } kvc_counters;
 
+/* Pages asked for by prepare: [first, end) now, then the spans of `rest` from `at` on. first >= end: nothing,
+   and there is no rest either. */
+typedef struct kvc_ahead {
+  size_t first, end;
+  struct kvc_span *rest;
+  size_t at, n;
+} kvc_ahead;
+
 struct kvcached_region {
   struct kvcached_ctx *ctx;
   struct kvcached_region *next; /* older */
@@ -50,8 +58,8 @@ struct kvcached_region {
   kvc_hostcopy copy;
   kvcached_reload_fn reload;
   void *reload_user;
-  int dead;                      /* unreserved, but some of its memory could not be taken yet */
-  size_t ahead_first, ahead_end; /* pages asked for by prepare and not looked at yet; empty: nothing */
+  int dead;        /* unreserved, but some of its memory could not be taken yet */
+  kvc_ahead ahead; /* asked for by prepare, and not looked at yet */
   kvc_counters counters;
 };
 
@@ -76,6 +84,7 @@ struct kvcached_ctx {
   kvc_counters counters;
   _Atomic size_t asleep; /* pages asleep in all regions: enter looks at it without the mutex */
   _Atomic uint64_t device_calls;
+  _Atomic uint64_t last_inside_ns; /* of the last enter or leave */
 
   pthread_t worker, control;
   int worker_runs, control_runs; /* the threads exist */
@@ -83,6 +92,10 @@ struct kvcached_ctx {
   unsigned sleep_ahead; /* kinds that prepare_sleep asked for, still to be done by the helper */
   struct kvcached_region *worker_region; /* the region the helper works on without the mutex, or NULL */
   unsigned worker_waiters; /* threads in kvc_wait_worker: the helper begins nothing while there are any */
+  int64_t changed_ns;      /* when pages last changed, for idle_trim_ms */
+  uint64_t changes;        /* how often they did */
+  uint64_t trim_tried;     /* `changes` when the helper last trimmed: what it could not take waits for the next */
+  int worker_rests; /* the helper waits without an end, and is to be told when there is something to trim */
 
   void (*log)(int level, const char *msg, void *user);
   void *log_user;
@@ -106,7 +119,7 @@ void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes);
 int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms);
 void kvc_unclaim_host(struct kvcached_ctx *ctx, uint64_t bytes);
 
-/* Tells the ledger what has changed; the mutex is held. */
+/* Tells the ledger what has changed, and begins the idle time anew; the mutex is held. */
 void kvc_publish(struct kvcached_ctx *ctx);
 
 /* A call of the backend that is counted: kvc_call(ctx)->map(ctx->device, ...). */
@@ -114,6 +127,13 @@ static inline const kvc_backend *kvc_call(struct kvcached_ctx *ctx) {
   atomic_fetch_add_explicit(&ctx->device_calls, 1, memory_order_relaxed);
   return ctx->backend;
 }
+
+/* Around the event function: calls that this thread makes in between are refused, they would wait for their
+   own caller. */
+void kvc_enter_event(void);
+void kvc_leave_event(void);
+/* Calls the event function with the context's figures; the mutex is held. The thread's error detail stays. */
+void kvc_event(struct kvcached_ctx *ctx, int event);
 
 /* ---- region.c ---- */
 
@@ -224,6 +244,8 @@ typedef struct kvc_room {
   int charged;          /* the card's limit is short, rather than its memory */
 } kvc_room;
 
+/* Bytes that a trim would give back. */
+uint64_t kvc_spare_bytes(const struct kvcached_ctx *ctx);
 /* Gives up ready, idle and pooled memory of the context for about `bytes` of it, but pages [first, end) of
    `keep`; the mutex is held throughout. Returns bytes unclaimed. The thread's error detail stays. */
 uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
@@ -265,13 +287,18 @@ int kvc_wake(struct kvcached_ctx *ctx, unsigned kinds);
    yet; what remains of it is the caller's to drop. E_NOMEM, E_DEVICE, E_RELOAD ... */
 int kvc_refill(struct kvcached_region *region, uint64_t *held);
 
-/* ---- worker.c, control.c (kvc_control_start, kvc_stop_threads) ---- */
+/* ---- ahead.c, worker.c, control.c (kvc_control_start, kvc_stop_threads) ---- */
 
+/* Forgets what prepare asked for; the mutex is held. */
+void kvc_forget_ahead(struct kvcached_region *region);
+/* Whether there is something of it. */
+static inline int kvc_is_ahead(const struct kvcached_region *r) { return r->ahead.first < r->ahead.end; }
+/* One bounded piece of look-ahead by the helper; the mutex is held, and let go of meanwhile. */
+void kvc_look_ahead(struct kvcached_region *region);
+/* The part of kvc_publish for the idle time. */
+void kvc_note_change(struct kvcached_ctx *ctx);
 /* Starts the helper if it does not run; the mutex is held. */
 int kvc_worker_start(struct kvcached_ctx *ctx);
-/* One bounded piece of look-ahead on a region by the calling thread (lane CALLER; the mutex is held
- * throughout). */
-void kvc_prepare_inline(struct kvcached_region *region);
 /* Waits until the helper works neither on these pages nor on the region's copy; the mutex is held, and let go
    of meanwhile. */
 void kvc_wait_worker(struct kvcached_region *region);
@@ -284,9 +311,5 @@ int kvc_control_start(struct kvcached_ctx *ctx);
 void kvc_stop_threads(struct kvcached_ctx *ctx);
 /* Starts a thread of the library, all signals blocked. E_SYSTEM. */
 int kvc_thread_start(pthread_t *thread, void *(*body)(void *), void *arg, const char *name);
-
-/* ---- context.c, figures ---- */
-void kvc_region_add_stats(const struct kvcached_region *region, kvcached_stats_t *sum);
-int kvc_stats_finish(struct kvcached_ctx *ctx, kvcached_stats_t *stats, kvcached_stats_t *out);
 
 #endif

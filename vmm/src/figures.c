@@ -25,6 +25,7 @@ static uint64_t asleep_bytes(const struct kvcached_region *r) {
 }
 
 void kvc_publish(struct kvcached_ctx *ctx) {
+  kvc_note_change(ctx);
   if (!ctx->ledger) return;
   kvc_figures f = {0};
   for (const struct kvcached_region *r = ctx->regions; r; r = r->next) {
@@ -39,7 +40,7 @@ void kvc_publish(struct kvcached_ctx *ctx) {
 
 /* ---- stats ---- */
 
-void kvc_region_add_stats(const struct kvcached_region *r, kvcached_stats_t *sum) {
+static void add_region(const struct kvcached_region *r, kvcached_stats_t *sum) {
   /* What the helper is still making is mapped, and becomes ready with the next step. */
   uint64_t mapped = kvc_mapped_bytes(r), ready = kvc_state_bytes(r, KVC_READY);
   sum->reserved += r->space.size;
@@ -48,6 +49,7 @@ void kvc_region_add_stats(const struct kvcached_region *r, kvcached_stats_t *sum
   sum->kind_mapped[r->kind] += mapped;
   sum->ready += ready;
   sum->asleep += asleep_bytes(r);
+  sum->kind_asleep[r->kind] += asleep_bytes(r);
   sum->host_bytes += r->copy.capacity;
   sum->host_pinned += r->copy.pinned;
 }
@@ -72,21 +74,48 @@ static int account(struct kvcached_ctx *ctx, kvc_account *a) {
   return KVCACHED_OK;
 }
 
-int kvc_stats_finish(struct kvcached_ctx *ctx, kvcached_stats_t *s, kvcached_stats_t *out) {
+static void finish(struct kvcached_ctx *ctx, kvcached_stats_t *s, const kvc_account *a) {
+  s->limit = a->group_limit;
+  s->group_charge = a->group_charge;
+  s->card_limit = a->card_limit;
+  s->card_charge = a->card_charge;
+  s->pooled = kvc_pool_bytes(ctx);
+  s->host_limit = ctx->options.host_limit;
+  s->device_calls = atomic_load_explicit(&ctx->device_calls, memory_order_relaxed);
+  s->last_inside_ns = atomic_load_explicit(&ctx->last_inside_ns, memory_order_relaxed);
+}
+
+static int finish_into(struct kvcached_ctx *ctx, kvcached_stats_t *s, kvcached_stats_t *out) {
   size_t size = out->struct_size;
   kvc_account a;
   int err = account(ctx, &a);
   if (err) return err;
-  s->limit = a.group_limit;
-  s->group_charge = a.group_charge;
-  s->card_limit = a.card_limit;
-  s->card_charge = a.card_charge;
-  s->pooled = kvc_pool_bytes(ctx);
-  s->host_limit = ctx->options.host_limit;
-  s->device_calls = atomic_load_explicit(&ctx->device_calls, memory_order_relaxed);
+  finish(ctx, s, &a);
   s->struct_size = size < sizeof(*s) ? size : sizeof(*s);
   memcpy(out, s, s->struct_size);
   return KVCACHED_OK;
+}
+
+static kvcached_stats_t totals(const struct kvcached_ctx *ctx) {
+  kvcached_stats_t s = {0};
+  for (const struct kvcached_region *r = ctx->regions; r; r = r->next) add_region(r, &s);
+  add_counters(&ctx->counters, &s); /* its own: those of regions that are gone stay counted */
+  s.page_size = ctx->device->page_size;
+  return s;
+}
+
+void kvc_event(struct kvcached_ctx *ctx, int event) {
+  if (!ctx->options.event) return;
+  kvc_detail d = kvc_detail_keep();
+  kvcached_stats_t s = totals(ctx);
+  kvc_account a;
+  if (account(ctx, &a)) a.group_limit = a.card_limit = UINT64_MAX; /* it is told all the same */
+  finish(ctx, &s, &a);
+  s.struct_size = sizeof(s);
+  kvc_enter_event();
+  ctx->options.event(event, &s, ctx->options.event_user);
+  kvc_leave_event();
+  (void)kvc_detail_again(KVCACHED_OK, &d);
 }
 
 static int check_out(const void *handle, const char *name, const kvcached_stats_t *out) {
@@ -101,11 +130,8 @@ int kvcached_stats(kvcached_ctx_t ctx, kvcached_stats_t *out) {
   if (!err) err = kvc_check_ctx(ctx);
   if (err) return err;
   (void)pthread_mutex_lock(&ctx->mutex);
-  kvcached_stats_t s = {0};
-  for (const struct kvcached_region *r = ctx->regions; r; r = r->next) kvc_region_add_stats(r, &s);
-  add_counters(&ctx->counters, &s); /* its own: those of regions that are gone stay counted */
-  s.page_size = ctx->device->page_size;
-  err = kvc_stats_finish(ctx, &s, out);
+  kvcached_stats_t s = totals(ctx);
+  err = finish_into(ctx, &s, out);
   (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
 }
@@ -116,10 +142,10 @@ int kvcached_region_stats(kvcached_region_t r, kvcached_stats_t *out) {
   if (err) return err;
   (void)pthread_mutex_lock(&r->ctx->mutex);
   kvcached_stats_t s = {0};
-  kvc_region_add_stats(r, &s);
+  add_region(r, &s);
   add_counters(&r->counters, &s);
   s.page_size = r->unit;
-  err = kvc_stats_finish(r->ctx, &s, out);
+  err = finish_into(r->ctx, &s, out);
   (void)pthread_mutex_unlock(&r->ctx->mutex);
   return err;
 }

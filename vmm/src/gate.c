@@ -46,18 +46,21 @@ static void drop_visit(visit *v) {
 
 /* ---- the gate ---- */
 
+int kvc_cond_init(pthread_cond_t *cond) {
+  pthread_condattr_t attr;
+  int e = pthread_condattr_init(&attr);
+  if (e) return e;
+  e = pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+  if (!e) e = pthread_cond_init(cond, &attr);
+  (void)pthread_condattr_destroy(&attr);
+  return e;
+}
+
 int kvc_gate_init(kvc_gate *gate) {
   static _Atomic uint64_t last_id;
-  pthread_condattr_t attr;
   int e = pthread_mutex_init(&gate->mutex, NULL);
   if (e) return kvc_fail_errno(KVCACHED_E_SYSTEM, e, "making the gate's mutex");
-  e = pthread_condattr_init(&attr);
-  if (!e) {
-    /* Waits are counted on the clock that nobody sets. */
-    e = pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    if (!e) e = pthread_cond_init(&gate->cond, &attr);
-    (void)pthread_condattr_destroy(&attr);
-  }
+  e = kvc_cond_init(&gate->cond);
   if (e) {
     (void)pthread_mutex_destroy(&gate->mutex);
     return kvc_fail_errno(KVCACHED_E_SYSTEM, e, "making the gate's condition");
@@ -126,6 +129,8 @@ int kvc_gate_leave(kvc_gate *gate, int *last, uint32_t *inside) {
   return KVCACHED_OK;
 }
 
+uint32_t kvc_gate_inside(const kvc_gate *gate) { return atomic_load(&gate->state) & ~ALONE; }
+
 int kvc_gate_is_inside(const kvc_gate *gate) { return find_visit(gate->id) != NULL; }
 
 int kvc_gate_lock(kvc_gate *gate, uint32_t wait_ms) {
@@ -176,6 +181,7 @@ void kvc_gate_unlock(kvc_gate *gate) {
    they came; whoever sees that the number has changed meanwhile tells it again, so the last word is right.
    The look is a step that changes nothing, because a plain one might come before what is told has arrived. */
 static void mark(struct kvcached_ctx *ctx, uint32_t inside) {
+  atomic_store_explicit(&ctx->last_inside_ns, (uint64_t)kvc_now_ns(), memory_order_relaxed);
   if (!ctx->ledger) return;
   for (;;) {
     kvc_ledger_mark_inside(ctx->ledger, ctx->slot, inside);

@@ -19,6 +19,9 @@ typedef struct kvc_gate {
   pthread_cond_t cond;
 } kvc_gate;
 
+/* A condition whose waits are counted on the clock that nobody sets; errno. */
+int kvc_cond_init(pthread_cond_t *cond);
+
 int kvc_gate_init(kvc_gate *gate);
 void kvc_gate_destroy(kvc_gate *gate);
 
@@ -26,6 +29,8 @@ void kvc_gate_destroy(kvc_gate *gate);
 int kvc_gate_enter(kvc_gate *gate, int *first, uint32_t *inside);
 /* Leaves. E_INVAL when the thread is not inside. *last: 1 when it is outside now. */
 int kvc_gate_leave(kvc_gate *gate, int *last, uint32_t *inside);
+/* How many threads are inside. */
+uint32_t kvc_gate_inside(const kvc_gate *gate);
 /* Whether the calling thread is inside. */
 int kvc_gate_is_inside(const kvc_gate *gate);
 

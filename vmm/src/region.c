@@ -79,6 +79,7 @@ static void unlink_region(struct kvcached_region *r) {
 static void end_region(struct kvcached_region *r) {
   struct kvcached_ctx *ctx = r->ctx;
   unlink_region(r);
+  kvc_forget_ahead(r);
   kvc_call(ctx)->unreserve(ctx->device, &r->space);
   kvc_pages_free(&r->pages);
   free(r);
@@ -129,7 +130,7 @@ void kvc_region_free(struct kvcached_region *r, int idle) {
       take_run(r, i, n, idle);
   }
   free_copy(r);
-  r->ahead_first = r->ahead_end = 0;
+  kvc_forget_ahead(r);
   r->allocated = 0;
   r->reload = NULL;
   if (holds_nothing(r))
@@ -163,7 +164,7 @@ void kvc_region_abandon(struct kvcached_region *r) {
 void kvc_unreserve(struct kvcached_region *r) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_detail d = kvc_detail_keep();
-  r->ahead_first = r->ahead_end = 0;
+  kvc_forget_ahead(r);
   kvc_wait_worker(r);
   /* Nobody can be told that it failed: so it is tried twice. */
   int idle = r->pages.top == 0 || kvc_quiesce(ctx) == KVCACHED_OK || kvc_quiesce(ctx) == KVCACHED_OK;
@@ -271,31 +272,6 @@ int kvcached_mapped_run(kvcached_region_t r, size_t off, size_t len, size_t *run
   (void)pthread_mutex_unlock(&r->ctx->mutex);
   *ensured = is;
   *run = i == end ? len : i * r->unit - off;
-  return KVCACHED_OK;
-}
-
-int kvcached_prepare(kvcached_region_t r, size_t off, size_t len) {
-  int err = kvc_check_range(r, off, len);
-  if (err) return err;
-  struct kvcached_ctx *ctx = r->ctx;
-  if (ctx->options.lookahead == KVCACHED_LOOKAHEAD_OFF) return KVCACHED_OK;
-  size_t first = off / r->unit, end = len ? (off + len - 1) / r->unit + 1 : first;
-  (void)pthread_mutex_lock(&ctx->mutex);
-  first = kvc_pages_find(&r->pages, first, end, KVC_UNMAPPED);
-  r->ahead_first = first;
-  r->ahead_end = kvc_sleeps(r) ? first : end;
-  if (first < r->ahead_end) {
-    if (ctx->options.lookahead == KVCACHED_LOOKAHEAD_INLINE) {
-      kvc_prepare_inline(r);
-    } else if (kvc_worker_start(ctx)) {
-      /* Nothing is lost by it: the ensure to come does the work. */
-      kvc_log(ctx, KVCACHED_LOG_WARN, "no look-ahead: %s", kvcached_last_error());
-      r->ahead_end = first;
-    } else {
-      (void)pthread_cond_signal(&ctx->work_cond);
-    }
-  }
-  (void)pthread_mutex_unlock(&ctx->mutex);
   return KVCACHED_OK;
 }
 

@@ -56,6 +56,8 @@ static int take_pool(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *freed) 
   return err;
 }
 
+uint64_t kvc_spare_bytes(const struct kvcached_ctx *ctx) { return kvc_pool_bytes(ctx) + idle_bytes(ctx); }
+
 uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
                           size_t first, size_t end) {
   kvc_detail d = kvc_detail_keep();
@@ -77,6 +79,7 @@ uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct
     kvc_log(ctx, KVCACHED_LOG_DEBUG, "%" PRIu64 " idle bytes given up for others", freed);
     kvc_reap(ctx);
     kvc_publish(ctx);
+    kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
   }
   (void)kvc_detail_again(err, &d);
   return freed;
@@ -84,7 +87,7 @@ uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct
 
 int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
   *freed = 0;
-  uint64_t all = kvc_pool_bytes(ctx) + idle_bytes(ctx);
+  uint64_t all = kvc_spare_bytes(ctx);
   if (all <= keep) return KVCACHED_OK;
   uint64_t bytes = all - keep;
   int err = take_pool(ctx, bytes, freed);
@@ -96,6 +99,7 @@ int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
     ctx->counters.trims++;
     kvc_reap(ctx);
     kvc_publish(ctx);
+    kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
   }
   return err;
 }

@@ -163,8 +163,15 @@ static void begin(struct kvcached_ctx *ctx, unsigned kinds) {
     r->copy.mark = r->copy.n;
     r->copy.mixed = kvc_sleeps(r);
     /* Nothing is mapped ahead for a sleeper. */
-    if (has_kind(r, kinds)) r->ahead_first = r->ahead_end = 0;
+    if (has_kind(r, kinds)) kvc_forget_ahead(r);
   }
+}
+
+/* Tells of what comes. Work that the event function has launched ends before memory goes. */
+static int announce(struct kvcached_ctx *ctx) {
+  if (!ctx->options.event) return KVCACHED_OK;
+  kvc_event(ctx, KVCACHED_EVENT_SLEEPING);
+  return kvc_quiesce(ctx);
 }
 
 int kvc_sleep(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed) {
@@ -174,6 +181,8 @@ int kvc_sleep(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed) {
   begin(ctx, kinds);
   int err = provide_all(ctx, kinds);
   if (!err) err = copy_all(ctx, kinds);
+  int announced = !err;
+  if (!err) err = announce(ctx);
   if (!err) {
     err = take_all(ctx, kinds, &held);
     if (err) {
@@ -211,6 +220,7 @@ int kvc_sleep(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *freed) {
   }
   kvc_reap(ctx);
   kvc_publish(ctx);
+  if (announced) kvc_event(ctx, err ? KVCACHED_EVENT_WOKE : KVCACHED_EVENT_SLEPT);
   return err;
 }
 

@@ -181,6 +181,7 @@ static int wake(struct kvcached_ctx *ctx, unsigned kinds, struct kvcached_region
     kvc_publish(ctx);
     kvc_log(ctx, KVCACHED_LOG_INFO, "%zu regions woken in %.1f ms", woken,
             (double)ctx->counters.last_wake_ns / 1e6);
+    kvc_event(ctx, KVCACHED_EVENT_WOKE);
   }
   return err;
 }

@@ -1,14 +1,13 @@
 /*
- * Look-ahead, and the helper thread that does it. The helper also makes what a later sleep needs. It works in
- * bounded pieces: with the mutex held it chooses one and claims for it, then lets go of the mutex, works, and
- * takes it again to publish. While somebody waits for it, it begins nothing.
+ * The helper thread. It does the look-ahead, makes what a later sleep needs, and trims a context that nobody
+ * uses. It works in bounded pieces: with the mutex held it chooses one and claims for it, then lets go of the
+ * mutex, works, and takes it again to publish. While somebody waits for it, it begins nothing.
  */
 #include "context.h"
 
 #include <inttypes.h>
 #include <signal.h>
-
-#define PIECE 8 /* pages at a time: about a third of a millisecond of driver calls on a GPU */
+#include <time.h>
 
 int kvc_thread_start(pthread_t *thread, void *(*body)(void *), void *arg, const char *name) {
   sigset_t all, before;
@@ -23,106 +22,87 @@ int kvc_thread_start(pthread_t *thread, void *(*body)(void *), void *arg, const 
   return KVCACHED_OK;
 }
 
-/* ---- one piece ---- */
-
-static void forget(struct kvcached_region *r) { r->ahead_first = r->ahead_end = 0; }
-
-/* The next piece of what was asked for: at most `most` pages, with their claim; 0 when there is none, or no
-   room. */
-static int choose(struct kvcached_region *r, size_t most, size_t *first, size_t *n, uint64_t *claimed) {
-  struct kvcached_ctx *ctx = r->ctx;
-  size_t end = r->ahead_end;
-  *first = kvc_sleeps(r) ? end : kvc_pages_find(&r->pages, r->ahead_first, end, KVC_UNMAPPED);
-  if (*first >= end) {
-    forget(r);
-    return 0;
-  }
-  *n = kvc_pages_run(&r->pages, *first, end);
-  if (*n > most) *n = most;
-  *claimed = kvc_missing(r, *first, *first + *n, KVC_UNMAPPED);
-  kvc_shortage shortage;
-  if (*claimed > 0 && kvc_claim(ctx, *claimed, 0, &shortage)) {
-    kvc_log(ctx, KVCACHED_LOG_DEBUG, "no look-ahead: %s", kvcached_last_error());
-    forget(r);
-    return 0;
-  }
-  r->ahead_first = *first + *n;
-  return 1;
+static struct kvcached_region *next_ahead(const struct kvcached_ctx *ctx) {
+  struct kvcached_region *r = ctx->regions;
+  while (r && !kvc_is_ahead(r)) r = r->next;
+  return r;
 }
 
-static size_t piece_of(const struct kvcached_region *r) {
-  return r->unit > r->ctx->device->page_size ? 1 : PIECE;
+/* ---- idle time ---- */
+
+#define PAUSE_NS INT64_C(10000000) /* the least time to the next look at a gate that is in use */
+
+void kvc_note_change(struct kvcached_ctx *ctx) {
+  if (ctx->options.idle_trim_ms == 0) return;
+  ctx->changes++;
+  ctx->changed_ns = kvc_now_ns();
+  if (ctx->worker_rests && kvc_spare_bytes(ctx) > 0) (void)pthread_cond_signal(&ctx->work_cond);
 }
 
-void kvc_prepare_inline(struct kvcached_region *r) {
-  struct kvcached_ctx *ctx = r->ctx;
-  kvc_detail d = kvc_detail_keep();
-  size_t left = piece_of(r), first, n;
-  uint64_t claimed, kept;
-  int quiet = ctx->device->edits_anytime;
-  while (left > 0 && choose(r, left, &first, &n, &claimed)) {
-    int err = quiet ? KVCACHED_OK : kvc_quiesce(ctx);
-    kept = 0;
-    if (!err) {
-      quiet = 1;
-      err = kvc_fill_missing(r, first, first + n, KVC_UNMAPPED, KVC_READY, 1, 0, &kept);
-    }
-    if (err) {
-      kvc_log(ctx, KVCACHED_LOG_WARN, "no look-ahead: %s", kvcached_last_error());
-      kvc_unclaim(ctx, claimed - kept);
-      break;
-    }
-    left -= n;
-  }
-  forget(r); /* what is left waits for the next call */
-  kvc_publish(ctx);
-  (void)kvc_detail_again(KVCACHED_OK, &d);
+/* Waits for work until a time; stopping is announced with the mutex held, so it is not missed. */
+static void wait_until(struct kvcached_ctx *ctx, int64_t ns) {
+  struct timespec t = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+  (void)pthread_cond_timedwait(&ctx->work_cond, &ctx->mutex, &t);
 }
 
-/* The helper's: the same with the mutex let go of. */
-static void look_ahead(struct kvcached_region *r) {
-  struct kvcached_ctx *ctx = r->ctx;
-  kvc_run run = {.r = r, .lane = KVC_LANE_HELPER, .zero = 1};
-  uint64_t claimed;
-  if (!choose(r, piece_of(r), &run.first, &run.n, &claimed)) return;
-  kvc_run_begin(&run);
-  kvc_pages_set(&r->pages, run.first, run.n, KVC_BUSY);
-  ctx->worker_region = r;
-  (void)pthread_mutex_unlock(&ctx->mutex);
-  int err = kvc_run_make(&run);
-  if (!err) err = kvc_run_finish(&run);
+/* When the context will have been idle for long enough, as far as is known now; -1: there is nothing to give,
+   or nothing that the last attempt could take, and a change will be told. */
+static int64_t due_ns(struct kvcached_ctx *ctx) {
+  int64_t span = (int64_t)ctx->options.idle_trim_ms * 1000000;
+  if (span == 0 || ctx->changes == ctx->trim_tried || kvc_spare_bytes(ctx) == 0) return -1;
+  if (kvc_gate_inside(&ctx->gate) > 0) return kvc_now_ns() + (span > PAUSE_NS ? span : PAUSE_NS);
+  int64_t left = (int64_t)atomic_load_explicit(&ctx->last_inside_ns, memory_order_relaxed);
+  return (left > ctx->changed_ns ? left : ctx->changed_ns) + span;
+}
+
+static void trim_idle(struct kvcached_ctx *ctx) {
+  (void)pthread_mutex_unlock(&ctx->mutex); /* the gate comes first */
+  int err = kvc_gate_lock(&ctx->gate, 0);
   (void)pthread_mutex_lock(&ctx->mutex);
   if (err) {
-    kvc_log(ctx, KVCACHED_LOG_WARN, "no look-ahead: %s", kvcached_last_error());
-    uint64_t held = 0, lent = (uint64_t)run.given * r->unit;
-    kvc_run_undo(&run, KVC_UNMAPPED, &held);
-    kvc_unclaim(ctx, claimed + lent - held);
-    forget(r);
-  } else {
-    kvc_pages_set(&r->pages, run.first, run.n, KVC_READY);
+    if (!atomic_load(&ctx->stopping)) wait_until(ctx, kvc_now_ns() + PAUSE_NS);
+    return;
   }
-  ctx->worker_region = NULL;
-  (void)pthread_cond_broadcast(&ctx->busy_cond);
-  kvc_publish(ctx);
+  int64_t due = due_ns(ctx);
+  if (due >= 0 && due <= kvc_now_ns() && !next_ahead(ctx) && !ctx->sleep_ahead) {
+    uint64_t freed = 0;
+    err = kvc_quiesce(ctx);
+    if (!err) err = kvc_trim(ctx, 0, &freed);
+    ctx->trim_tried = ctx->changes;
+    kvc_log(ctx, err ? KVCACHED_LOG_WARN : KVCACHED_LOG_DEBUG,
+            "unused for %" PRIu32 " ms: %" PRIu64 " idle bytes given back%s%s", ctx->options.idle_trim_ms, freed,
+            err ? ", not all: " : "", err ? kvcached_last_error() : "");
+  }
+  kvc_gate_unlock(&ctx->gate);
+}
+
+/* With nothing to do: waits for work, or trims when that is due. */
+static void rest(struct kvcached_ctx *ctx) {
+  int64_t due = due_ns(ctx);
+  if (due < 0) {
+    ctx->worker_rests = 1;
+    (void)pthread_cond_wait(&ctx->work_cond, &ctx->mutex);
+    ctx->worker_rests = 0;
+  } else if (due > kvc_now_ns()) {
+    wait_until(ctx, due);
+  } else {
+    trim_idle(ctx);
+  }
 }
 
 /* ---- the thread ---- */
-
-static struct kvcached_region *next_ahead(const struct kvcached_ctx *ctx) {
-  struct kvcached_region *r = ctx->regions;
-  while (r && r->ahead_first >= r->ahead_end) r = r->next;
-  return r;
-}
 
 static void *worker_body(void *arg) {
   struct kvcached_ctx *ctx = arg;
   (void)pthread_mutex_lock(&ctx->mutex);
   while (!atomic_load(&ctx->stopping)) {
     struct kvcached_region *r = next_ahead(ctx);
-    if (ctx->worker_waiters > 0 || (!r && !ctx->sleep_ahead))
-      (void)pthread_cond_wait(&ctx->work_cond, &ctx->mutex); /* stopping is announced with the mutex held */
+    if (ctx->worker_waiters > 0)
+      (void)pthread_cond_wait(&ctx->work_cond, &ctx->mutex);
     else if (r)
-      look_ahead(r);
+      kvc_look_ahead(r);
+    else if (!ctx->sleep_ahead)
+      rest(ctx);
     else if (!kvc_prepare_sleep_step(ctx))
       ctx->sleep_ahead = 0;
   }
@@ -151,7 +131,7 @@ static void wait_for(struct kvcached_ctx *ctx, const struct kvcached_region *r) 
 void kvc_wait_worker(struct kvcached_region *r) { wait_for(r->ctx, r); }
 
 void kvc_wait_all(struct kvcached_ctx *ctx) {
-  for (struct kvcached_region *r = ctx->regions; r; r = r->next) forget(r);
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) kvc_forget_ahead(r);
   wait_for(ctx, NULL);
 }
 
