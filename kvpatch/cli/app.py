@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from kvpatch import __version__, bench, demo, doctor, lock, manifest, paths, pins, pipeline, plan, smoke
-from kvpatch.cli import options, tables
+from kvpatch import __version__, demo, doctor, lock, manifest, paths, pins, pipeline, plan, smoke
+from kvpatch.cli import bench, options, tables
 from kvpatch.cli.output import Screen
 from kvpatch.errors import SmokeError, UsageError
 
@@ -227,38 +227,7 @@ def _doctor(
     screen.result({"findings": [f.to_json() for f in findings]})
 
 
-bench_app = typer.Typer(help="Measure against stock, in one run.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
-
-
-@bench_app.command(name="build", help="Cold build: Ollama's own against kvpatch's, alternating.")
-def _bench_build(
-    context: typer.Context,
-    ollama: options.OllamaOption = None,
-    ollama_source: options.OllamaSourceOption = None,
-    llama_cpp_source: options.LlamaCppSourceOption = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Builds of each side.")] = 2,
-    jobs: options.JobsOption = None,
-    work_dir: Annotated[
-        Path | None, typer.Option("--work-dir", help="Where both are built (default: in the cache).")
-    ] = None,
-    cache_dir: options.CacheOption = None,
-    json_output: options.JsonOption = False,
-) -> None:
-    del json_output
-    screen: Screen = context.obj
-    work = (work_dir or paths.cache_root(cache_dir) / "bench").absolute()
-    request = plan.Request(
-        out=work / "out",
-        ollama=ollama,
-        ollama_source=ollama_source,
-        llama_cpp_source=llama_cpp_source,
-        jobs=jobs,
-        cache=cache_dir,
-    )
-    decided = plan.make(request, progress=screen.note)
-    result = bench.cold_build(decided, rounds=rounds, workdir=work, progress=screen.note)
-    screen.result({"result": result.to_json()}, *tables.cold_build(result))
+app.add_typer(bench.app, name="bench")
 
 
 @app.command(name="versions", help="Releases, their pins, and what was verified on them.")

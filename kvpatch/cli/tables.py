@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvpatch.bench import ColdBuild
+from kvpatch.bench import figures as benched
 from kvpatch.demo import DemoReport
 from kvpatch.doctor import Finding, ReleaseRow
 from kvpatch.pins import Pins
@@ -109,6 +110,40 @@ def cold_build(result: ColdBuild) -> list[RenderableType]:
         )
         lines.extend(Text(f"differs: {name}") for name in result.differing)
     return lines
+
+
+def bench(report: benched.Report) -> list[RenderableType]:
+    """Medians with the middle half, a column a side; then the bounds and the notes."""
+    sides = list(dict.fromkeys(side for row in report.rows for side in row.sides))
+    table = Table("", "what", *sides, "of stock", "n", box=None, pad_edge=False)
+    section = ""
+    for row in report.rows:
+        cells = [_spread(row.sides.get(side), row.unit) for side in sides]
+        ratios = ", ".join(f"{side} {ratio:.3f}" for side, ratio in row.ratio.items())
+        counts = {summary.n for summary in row.sides.values()}
+        shown = row.section if row.section != section else ""
+        section = row.section
+        table.add_row(shown, row.name, *cells, ratios, "/".join(map(str, sorted(counts))))
+    bounds = Table("bound", "found", "of", "", box=None, pad_edge=False)
+    for bound in report.bounds:
+        word = Text("ok", "green") if bound.holds else Text("MISSED", "red")
+        bounds.add_row(bound.name, benched.bound_text(bound), bound.of, word)
+    facts = _grid()
+    for name in ("device", "driver", "model"):
+        if name in report.facts:
+            facts.add_row(name, str(report.facts[name]))
+    return [facts, table, bounds, *(Text(f"note: {note}") for note in report.notes)]
+
+
+def _spread(summary: benched.Summary | None, unit: str) -> str:
+    if summary is None:
+        return ""
+    middle = benched.number(summary.median, unit)
+    if summary.n == 1 or summary.low == summary.high:
+        return middle
+    word = f" {unit}" if unit not in ("bytes", "ratio") else " MiB" if unit == "bytes" else ""
+    low, high = (benched.number(v, unit).removesuffix(word) for v in (summary.low, summary.high))
+    return f"{middle} ({low} .. {high})"
 
 
 def versions(rows: Sequence[ReleaseRow], known: Pins) -> Table:

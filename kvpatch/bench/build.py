@@ -1,4 +1,4 @@
-"""Measurements, always as a ratio against stock in one run. `cold_build`: what patching costs a build from nothing.
+"""`cold_build`: what patching costs a build from nothing.
 
 Both sides compile the same llama.cpp tree and the same release of Ollama, on warm sources and Go modules, without a
 compiler cache and with an empty Go build cache; they alternate, so that a machine that grows slower hits both.
