@@ -37,6 +37,7 @@ static scene set_up(const operation *op) {
   o.ledger_path = ledger;
   o.group = "faults";
   o.room_wait_ms = 100;
+  o.event = op->event;
   o.flags = n++ % 2 ? KVCACHED_NO_CONTROL : 0; /* with a second thread, and without */
   scene s = {.page = test_page(), .large = 2 * test_page(), .ledger = ledger};
   CHECK_OK(kvcached_open(&o, &s.ctx)); /* not open_with: what the device holds is looked at another way */

@@ -28,7 +28,8 @@ typedef struct operation {
   int lookahead;
   uint64_t host_limit;
   int silent; /* 1: tells of no failure; what it could not do is simply not done */
-  int vague;  /* 1: tells of a failure, not which */
+  void (*event)(int event, const struct kvcached_stats *now, void *user);
+  int vague; /* 1: tells of a failure, not which */
   enum {
     NOTHING, /* what a failure may leave behind of it */
     LESS_IDLE,

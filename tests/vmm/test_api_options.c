@@ -85,6 +85,21 @@ TEST(api, older_callers) {
   CHECK_IS(kvcached_stats(ctx, &stats.s), KVCACHED_E_INVAL);
   kvcached_shutdown(ctx);
 
+  test_options(&o);
+  memset((char *)&o + offsetof(kvcached_options_t, event), 0xee,
+         sizeof(o) - offsetof(kvcached_options_t, event));
+  o.struct_size = offsetof(kvcached_options_t, event); /* that of ABI 2 */
+  CHECK_OK(kvcached_open(&o, &ctx));
+  CHECK_OK(kvcached_ensure(reserve(ctx, KVCACHED_KV, page), 0, page));
+  CHECK_OK(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 0, NULL)); /* tells nobody */
+  memset(&stats, 0xee, sizeof(stats));
+  size_t abi_2 = offsetof(kvcached_stats_t, last_inside_ns);
+  stats.s.struct_size = abi_2;
+  CHECK_OK(kvcached_stats(ctx, &stats.s));
+  CHECK_EQ(stats.s.asleep, page);
+  CHECK(all_bytes((char *)&stats + abi_2, sizeof(stats) - abi_2, 0xee));
+  kvcached_shutdown(ctx);
+
   test_options(&o); /* cut in the middle: the fields that are whole hold */
   o.limit = 1;
   o.page_size = 12345;
@@ -130,6 +145,7 @@ TEST_HOST(api, default_options) {
   CHECK_EQ(x.o.backend, KVCACHED_BACKEND_HOST);
   CHECK(x.o.page_size == 0 && x.o.large_page == 0 && x.o.limit == UINT64_MAX && x.o.slot == -1);
   CHECK(!x.o.name && !x.o.group && !x.o.ledger_path && !x.o.log && !x.o.pci_bus_id);
+  CHECK(!x.o.event && !x.o.event_user && x.o.idle_trim_ms == 0);
   CHECK(x.o.fixed == 0 && x.o.headroom == 0 && x.o.flags == 0 && x.o.device == 0);
   CHECK_EQ(x.o.pool_limit, 64 * MIB);
   CHECK_EQ(x.o.host_limit, UINT64_MAX);

@@ -42,6 +42,19 @@ TEST(faults, prepare_inline) {
   drill(&(operation){
       .name = "prepare", .run = do_prepare, .lookahead = KVCACHED_LOOKAHEAD_INLINE, .silent = 1});
 }
+static int do_prepare_ranges(scene *s) {
+  const kvcached_range_t ranges[] = {
+      {2 * s->page, s->page}, {9 * s->page, 4 * s->page}, {3 * s->page, 1}, {0, KV_PAGES * s->page}};
+  return kvcached_prepare_ranges(s->kv, ranges, 4);
+}
+TEST(faults, prepare_ranges_inline) {
+  drill(&(operation){
+      .name = "ranges", .run = do_prepare_ranges, .lookahead = KVCACHED_LOOKAHEAD_INLINE, .silent = 1});
+}
+TEST(faults, prepare_ranges_in_the_background) {
+  drill(&(operation){
+      .name = "ranges", .run = do_prepare_ranges, .lookahead = KVCACHED_LOOKAHEAD_THREAD, .silent = 1});
+}
 TEST(faults, prepare_in_the_background) {
   drill(&(operation){
       .name = "prepare", .run = do_prepare, .lookahead = KVCACHED_LOOKAHEAD_THREAD, .silent = 1});
@@ -90,6 +103,25 @@ static int do_sleep(scene *s) {
   return err;
 }
 TEST(faults, sleep) { drill(&(operation){.name = "sleep", .run = do_sleep, .leaves = LESS_IDLE}); }
+
+/* With somebody who hears of it: each announcement has its end. */
+static unsigned announced, ended;
+static void count_events(int event, const struct kvcached_stats *now, void *user) {
+  (void)user;
+  if (event == KVCACHED_EVENT_SLEEPING) {
+    CHECK_EQ(announced, ended);
+    announced++;
+  } else if (announced != ended) {
+    CHECK(event == KVCACHED_EVENT_SLEPT || event == KVCACHED_EVENT_WOKE);
+    CHECK_LE(event == KVCACHED_EVENT_SLEPT, now->asleep);
+    ended++;
+  }
+}
+TEST(faults, sleep_that_is_heard) {
+  announced = ended = 0;
+  drill(&(operation){.name = "sleep", .run = do_sleep, .leaves = LESS_IDLE, .event = count_events});
+  CHECK(announced > 0 && announced == ended);
+}
 
 static void sleep_once(scene *s) {
   sleep_all(s);

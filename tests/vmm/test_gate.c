@@ -275,6 +275,71 @@ TEST(gate, contexts_have_their_own) {
   kvcached_shutdown(b);
 }
 
+/* Buffers are made and dropped in the middle of work: compute buffers that grow, weights that are loaded. */
+TEST(gate, regions_come_and_go_inside) {
+  const size_t page = test_page(), large = test_large_page();
+  kvcached_options_t o;
+  test_options(&o);
+  o.ledger_path = scratch("inside");
+  o.idle_trim_ms = 1;
+  guest g = {.ctx = open_with(&o)};
+  pthread_t other = go(stay, &g);
+  WAIT_FOR(g.stage == 1);
+  CHECK_OK(kvcached_enter(g.ctx));
+  kvcached_region_t kv = reserve(g.ctx, KVCACHED_KV, 4 * page);
+  CHECK_OK(kvcached_ensure(kv, 0, page));
+  put(kv, 0, 'k', page);
+  for (size_t n = 1; n < 5; n++) {
+    kvcached_region_t compute = reserve(g.ctx, KVCACHED_SCRATCH, n * large + page);
+    kvcached_region_t weights = reserve(g.ctx, KVCACHED_WEIGHTS, n * large);
+    CHECK_OK(kvcached_ensure(compute, 0, n * large + page));
+    CHECK_OK(kvcached_ensure(weights, 0, n * large));
+    CHECK_OK(kvcached_enter(g.ctx)); /* nested too */
+    CHECK(holds_ends(compute, n, 0) && holds_ends(weights, n - 1, 0));
+    put_ends(weights, n - 1, 'w');
+    kvcached_unreserve(compute);
+    CHECK(holds_ends(weights, n - 1, 'w'));
+    CHECK_OK(kvcached_leave(g.ctx));
+    CHECK_OK(kvcached_release(weights, 0, n * large));
+    kvcached_unreserve(weights);
+    CHECK_EQ(stats_of(g.ctx).mapped, page);
+  }
+  CHECK(holds(kv, 0, 'k', page));
+  CHECK_OK(kvcached_leave(g.ctx));
+  g.stage = 4;
+  pthread_join(other, NULL);
+  check_context(g.ctx);
+  kvcached_shutdown(g.ctx);
+}
+
+/* A device that is opened, entered and closed while the process is at work on another one. */
+TEST(gate, contexts_open_while_others_are_entered) {
+  const size_t page = test_page();
+  const char *path = scratch("several");
+  guest g = {.ctx = open_in(path, "g", UINT64_MAX)};
+  pthread_t other = go(stay, &g);
+  WAIT_FOR(g.stage == 1);
+  CHECK_OK(kvcached_enter(g.ctx));
+  for (int i = 0; i < 3; i++) {
+    kvcached_ctx_t more = open_in(path, "g", UINT64_MAX);
+    kvcached_region_t r = reserve(more, KVCACHED_KV, 4 * page);
+    CHECK_OK(kvcached_enter(more));
+    CHECK_OK(kvcached_ensure(r, 0, 4 * page));
+    put(r, 0, 'm', page);
+    CHECK_OK(kvcached_leave(more));
+    CHECK_OK(kvcached_sleep(more, KVCACHED_ALL_KINDS, 0, NULL)); /* nobody is inside this one */
+    CHECK_OK(kvcached_enter(more));
+    CHECK(holds(r, 0, 'm', page));
+    CHECK_OK(kvcached_leave(more));
+    kvcached_shutdown(more);
+  }
+  CHECK_OK(kvcached_leave(g.ctx));
+  g.stage = 4;
+  pthread_join(other, NULL);
+  CHECK_OK(kvcached_sleep(g.ctx, KVCACHED_ALL_KINDS, 0, NULL));
+  kvcached_shutdown(g.ctx);
+}
+
 /* The marks are made with a clock that is cheap to read and steps on up to every 10 ms. */
 #define TICK UINT64_C(20000000)
 

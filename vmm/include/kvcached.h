@@ -159,8 +159,8 @@ enum kvcached_flags {
   KVCACHED_NO_CONTROL = 1 /* no control thread: commands to this context's slot are not answered */
 };
 
-/* What the event function hears of; whoever brings it about: a call, a command, the need of room, a limit, the
-   idle time. Each comes after the fact, save SLEEPING. */
+/* What the event function hears of; whoever brings it about: a call, a command, the need of room, a limit,
+   the idle time. Each comes after the fact, save SLEEPING. */
 enum kvcached_event {
   /* Memory is about to be unmapped by a sleep, everything that outlives it has been copied. The gate is held
      alone and the device is idle: the last moment for what holds on to addresses or to device memory of its
@@ -390,7 +390,8 @@ typedef struct kvcached_stats {
   uint64_t last_sleep_ns, last_wake_ns; /* how long the last took */
   uint64_t device_calls; /* calls of the backend that changed mappings, copied, zeroed or waited */
   /* -- since ABI 3 -- */
-  uint64_t last_inside_ns; /* CLOCK_MONOTONIC of the last enter or leave that was not nested; 0: never */
+  uint64_t
+      last_inside_ns; /* CLOCK_MONOTONIC of the last enter or leave not nested, to about 10 ms; 0: never */
   uint64_t kind_asleep[3]; /* `asleep` by kvcached_kind */
 } kvcached_stats_t;
 

@@ -1,6 +1,6 @@
 /*
- * Look-ahead: pages that prepare asked for are mapped and zeroed before anybody needs them. It works in bounded
- * pieces, on the calling thread or on the helper, which lets go of the mutex while it makes one.
+ * Look-ahead: pages that prepare asked for are mapped and zeroed before anybody needs them. It works in
+ * bounded pieces, on the calling thread or on the helper, which lets go of the mutex while it makes one.
  */
 #include "context.h"
 
@@ -29,8 +29,8 @@ static void next_span(kvc_ahead *a) {
   }
 }
 
-/* The next piece: at most `most` pages, with their claim; 0 when there is none, or no room, and then nothing is
-   asked for any more. */
+/* The next piece: at most `most` pages, with their claim; 0 when there is none, or no room, and then nothing
+   is asked for any more. */
 static int choose(struct kvcached_region *r, size_t most, size_t *first, size_t *n, uint64_t *claimed) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_ahead *a = &r->ahead;

@@ -94,7 +94,7 @@ struct kvcached_ctx {
   unsigned worker_waiters; /* threads in kvc_wait_worker: the helper begins nothing while there are any */
   int64_t changed_ns;      /* when pages last changed, for idle_trim_ms */
   uint64_t changes;        /* how often they did */
-  uint64_t trim_tried;     /* `changes` when the helper last trimmed: what it could not take waits for the next */
+  uint64_t trim_tried; /* `changes` when the helper last trimmed: what it could not take waits for the next */
   int worker_rests; /* the helper waits without an end, and is to be told when there is something to trim */
 
   void (*log)(int level, const char *msg, void *user);

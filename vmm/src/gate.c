@@ -181,7 +181,7 @@ void kvc_gate_unlock(kvc_gate *gate) {
    they came; whoever sees that the number has changed meanwhile tells it again, so the last word is right.
    The look is a step that changes nothing, because a plain one might come before what is told has arrived. */
 static void mark(struct kvcached_ctx *ctx, uint32_t inside) {
-  atomic_store_explicit(&ctx->last_inside_ns, (uint64_t)kvc_now_ns(), memory_order_relaxed);
+  atomic_store_explicit(&ctx->last_inside_ns, kvc_coarse_ns(), memory_order_relaxed);
   if (!ctx->ledger) return;
   for (;;) {
     kvc_ledger_mark_inside(ctx->ledger, ctx->slot, inside);

@@ -89,5 +89,7 @@ int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, i
 
 /* Milliseconds and nanoseconds of CLOCK_MONOTONIC. */
 int64_t kvc_now_ns(void);
+/* The same of a clock that costs less and may be some milliseconds behind. */
+uint64_t kvc_coarse_ns(void);
 
 #endif

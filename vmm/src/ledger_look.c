@@ -16,13 +16,16 @@ void kvc_ledger_publish(kvcached_ledger_t l, int slot, const kvc_figures *f) {
   atomic_store(&s->asleep, f->asleep);
 }
 
-/* Made on the way into and out of the gate, so as cheap as can be: a coarse clock (some milliseconds behind,
-   of the same base), and no barrier, since nothing is decided by it but who is asked first. */
-void kvc_slot_mark_used(kvc_ledger_slot *s) {
+uint64_t kvc_coarse_ns(void) {
   struct timespec now;
   (void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-  uint64_t ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-  atomic_store_explicit(&s->last_use_ns, ns, memory_order_release);
+  return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* Made on the way into and out of the gate, so as cheap as can be, and without a barrier, since nothing is
+   decided by it but who is asked first. */
+void kvc_slot_mark_used(kvc_ledger_slot *s) {
+  atomic_store_explicit(&s->last_use_ns, kvc_coarse_ns(), memory_order_release);
 }
 
 void kvc_ledger_mark_inside(kvcached_ledger_t l, int slot, uint32_t inside) {

@@ -70,8 +70,8 @@ static void trim_idle(struct kvcached_ctx *ctx) {
     if (!err) err = kvc_trim(ctx, 0, &freed);
     ctx->trim_tried = ctx->changes;
     kvc_log(ctx, err ? KVCACHED_LOG_WARN : KVCACHED_LOG_DEBUG,
-            "unused for %" PRIu32 " ms: %" PRIu64 " idle bytes given back%s%s", ctx->options.idle_trim_ms, freed,
-            err ? ", not all: " : "", err ? kvcached_last_error() : "");
+            "unused for %" PRIu32 " ms: %" PRIu64 " idle bytes given back%s%s", ctx->options.idle_trim_ms,
+            freed, err ? ", not all: " : "", err ? kvcached_last_error() : "");
   }
   kvc_gate_unlock(&ctx->gate);
 }
