@@ -45,6 +45,7 @@ class Sdist:
     commit: str
     tree: str
     date: str
+    status: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from kvpatch import __version__, hashing, paths, pins, toolchain
 from kvpatch.errors import PatchError, SourceError, UsageError
 from kvpatch.patching import Patch, load_series
 from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
+from kvpatch.sources.sdist import file_version as sdist_version
 from kvpatch.stages import output
 
 BACKENDS = ("cpu",)
@@ -165,7 +166,7 @@ def make(request: Request, *, progress: Progress) -> Plan:
         llama_ref = release.llama_cpp
     else:
         llama_ref = request.llama_cpp
-    llama_cpp = _llama_cpp(known, store, request, llama_ref, progress)
+    llama_cpp = _llama_cpp(known, store, request, release, llama_ref, progress)
     if release is not None:
         assert ollama is not None
         status, warnings = _pin_status(release, llama_cpp, request)
@@ -272,19 +273,17 @@ def _llama_cpp(
     known: pins.Pins,
     store: Store,
     request: Request,
+    release: pins.OllamaRelease | None,
     ref: str,
     progress: Progress,
 ) -> Resolved:
     spec = request.llama_cpp_source
-    listed = [s for s in known.sdists if ref in (s.version, SDIST) or pins.same_commit(s.commit, ref)]
-    if spec is None and request.llama_cpp is not None and listed:
+    held = [s for s in known.sdists if ref == s.version or pins.same_commit(s.commit, ref)]
+    if spec is None and request.llama_cpp is not None and (held or ref == SDIST):
         spec = SDIST
     if spec is not None and spec.split(":", 1)[0] == SDIST:
-        chosen = spec.partition(":")[2] or None
-        sdist = known.sdist(
-            chosen if chosen and "/" not in chosen else (listed[0].version if listed else None)
-        )
-        if request.llama_cpp is not None and not listed:
+        sdist = _sdist(known, release, held, spec.partition(":")[2])
+        if request.llama_cpp is not None and ref != SDIST and sdist not in held:
             raise SourceError(
                 f"llama.cpp {ref} is not what the source distribution {sdist.version} holds ({sdist.commit})",
                 hint=f"--llama-cpp {sdist.commit}, or another --llama-cpp-source",
@@ -297,6 +296,20 @@ def _llama_cpp(
     return store.resolve(
         LLAMA_CPP, spec, Pin(ref=ref, commit=commit, date=known.llama_cpp_date(ref)), progress=progress
     )
+
+
+def _sdist(
+    known: pins.Pins, release: pins.OllamaRelease | None, held: list[pins.Sdist], named: str
+) -> pins.Sdist:
+    # `named` is a version, a file, or nothing. A file called otherwise is held against the one that fits.
+    version = sdist_version(named) or ("" if "/" in named else named)
+    if version:
+        return known.sdist(version)
+    if held:
+        return held[0]
+    verified = release.verified_with if release is not None else ()
+    fitting = [s for s in known.sdists if any(pins.same_commit(s.commit, commit) for commit in verified)]
+    return fitting[-1] if fitting else known.sdist()
 
 
 def _ollama_pin(release: pins.OllamaRelease, ollama: Resolved, request: Request) -> tuple[str, ...]:

@@ -35,6 +35,12 @@ def is_spec(spec: str) -> bool:
     return spec == "sdist" or spec.startswith("sdist:")
 
 
+def file_version(name: str) -> str | None:
+    """The version in a source distribution's file name or path, None when it is not called like one."""
+    named = _FILE.fullmatch(Path(name).name)
+    return named["version"] if named else None
+
+
 def find(
     layout: Layout, upstream: Upstream, spec: str, pin: Pin, progress: Progress = silent
 ) -> tuple[Path, str, str]:
@@ -56,10 +62,9 @@ def find(
                 f"there is no file {path}",
                 hint=f"download it: pip download --no-deps --no-binary {PROJECT} {PROJECT}",
             )
-        named = _FILE.fullmatch(path.name)
         digest = layout.sha256(path)
         _compare(pin, digest, path)
-        return path, named["version"] if named else pin.ref, digest
+        return path, file_version(path.name) or pin.ref, digest
     version = _version(wanted)
     if pin.sha256 is not None and not _same_version(pin.ref, version):
         raise PinMismatchError(
