@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kvpatch import __version__, demo, doctor, lock, manifest, paths, pins, pipeline, plan, smoke
 from kvpatch.cli import bench, options, tables
+from kvpatch.cli import estimate as estimate_command
 from kvpatch.cli.output import Screen
 from kvpatch.errors import SmokeError, UsageError
 
@@ -213,6 +214,9 @@ def _demo(
             data={"report": report.to_json()},
         )
     screen.result({"report": report.to_json()}, *tables.demo(report))
+
+
+estimate_command.register(app)
 
 
 @app.command(name="doctor", help="Say what is missing for which target, and the command that installs it.")

@@ -30,7 +30,8 @@ class Share:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """How many models fit `budget` bytes: of a stock build, of an elastic one all awake with `tokens` tokens each, and
-    how many more can sleep beside one that is awake."""
+    how many more can sleep beside one that is awake (None: any number, where a
+    sleeper takes nothing)."""
 
     budget: int
     tokens: int
@@ -39,7 +40,7 @@ class Budget:
     asleep: Share
     stock_models: int
     awake_models: int
-    asleep_models: int
+    asleep_models: int | None
 
 
 def fit(
@@ -75,5 +76,5 @@ def fit(
         asleep=asleep,
         stock_models=budget // stock.total if stock.total else 0,
         awake_models=budget // awake.total if awake.total else 0,
-        asleep_models=left // own if left > 0 and own else 0,
+        asleep_models=0 if left < 0 else left // own if own else None,
     )

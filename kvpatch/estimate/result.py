@@ -14,6 +14,8 @@ from kvpatch.estimate.mapped import PAGES, Mapped, map_tokens
 from kvpatch.estimate.reader import GgufModel, read
 from kvpatch.estimate.weights import Weights, plan_weights
 
+DEFAULT_TOKENS = 1000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -77,12 +79,16 @@ def estimate(
     *,
     device: str = "cuda",
     page: int | None = None,
-    tokens: int = 0,
+    tokens: int | None = None,
     budget: int | None = None,
     context: int | None = None,
     compute: int = 0,
 ) -> Estimate:
-    """Read `path` and lay out all of it with every layer on `device` ("cuda" or "cpu"); sizes in bytes."""
+    """Read `path` and lay out all of it with every layer on `device` ("cuda" or "cpu"); sizes in bytes.
+
+    `tokens` in one sequence (None: 1000, or all it can have); `page` None: 2 MiB on CUDA, 4 KiB on the CPU; the rest as
+    in `fit`.
+    """
     if device not in DEVICES:
         raise EstimateError(f"{device!r} is no device", hint=f"one of {', '.join(DEVICES)}")
     gguf = read(path)
@@ -90,7 +96,8 @@ def estimate(
     on = DEVICES[device]
     weights = plan_weights(gguf, model, on)
     caches = plan_caches(model, settings or Settings())
-    mapped = map_tokens(caches, on, page=PAGES[device] if page is None else page, tokens=tokens)
+    held = min(DEFAULT_TOKENS, caches.context_slot) if tokens is None else tokens
+    mapped = map_tokens(caches, on, page=PAGES[device] if page is None else page, tokens=held)
     counted = None
     if budget is not None:
         counted = fit(weights, caches, mapped, on, budget=budget, context=context, compute=compute)
