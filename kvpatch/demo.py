@@ -22,6 +22,7 @@ from kvpatch.smoke.llama import (
     complete,
     erase,
     first_difference,
+    ledger_path,
     sample,
     server_spec,
 )
@@ -183,19 +184,19 @@ def _live(
     answers: dict[str, tuple[int, ...]] = {}
     with serve(server_spec(install, config, elastic, folder), folder) as server:
         say(f"{name}: server started")
-        readings[START] = _read(server, config, elastic)
+        readings[START] = _read(server, install, config, elastic, folder)
         for moment, ask in ((AFTER_SHORT, _SHORT), (AFTER_LONG, _LONG)):
             answers[moment] = complete(server, ask).tokens
-            readings[moment] = _read(server, config, elastic)
+            readings[moment] = _read(server, install, config, elastic, folder)
             say(f"{name}: {moment}")
         erase(server)
         begin = time.monotonic()
-        released = _read(server, config, elastic)
+        released = _read(server, install, config, elastic, folder)
         seconds = time.monotonic() - begin
         while elastic.on and released.mapped and time.monotonic() - begin < _RELEASE_SECONDS:
             fallen = _fallen(released.mapped, readings[AFTER_LONG].mapped)
             time.sleep(_POLL_SECONDS)
-            released = _read(server, config, elastic)
+            released = _read(server, install, config, elastic, folder)
             if not fallen:
                 seconds = time.monotonic() - begin
         readings[RELEASED] = released
@@ -205,11 +206,11 @@ def _live(
     return _Life(readings=readings, answers=answers, release_seconds=seconds)
 
 
-def _read(server: Server, config: Config, elastic: Elastic) -> _Reading:
+def _read(server: Server, install: Install, config: Config, elastic: Elastic, folder: Path) -> _Reading:
     mappings = smaps.read(server.pid)
     resident = sum(m.rss for m in mappings if not m.name or m.name.startswith("["))
     if elastic.on:
-        taken = sample(server, "demo", 0)
+        taken = sample(server, install, ledger_path(folder), "demo", 0)
         if taken is None:
             raise server.failed("no address range of an elastic cache in the log")
         if taken.usable != taken.mapped or not taken.held_min <= taken.mapped <= taken.held_max:

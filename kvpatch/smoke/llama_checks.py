@@ -23,6 +23,7 @@ from kvpatch.smoke.llama import (
     Session,
     complete,
     first_difference,
+    ledger_path,
     log_peak,
     refused,
     run_session,
@@ -31,6 +32,7 @@ from kvpatch.smoke.llama import (
 )
 from kvpatch.smoke.report import CheckFailed, Figure, Outcome, Recorder
 from kvpatch.smoke.server import ServerDied, describe_end, serve, start_and_wait_end
+from kvpatch.smoke.sleep_checks import check_sleep
 
 LEAST_DISTINCT = 32
 _START_SHARE = 10  # "far below reserved": at most a tenth of it
@@ -68,9 +70,10 @@ def check_llama(recorder: Recorder, install: Install, made: Models, folder: Path
     sliding = Config(name="sliding window, -fa on", model=made.sliding, flash=True)
     sliding_plain = Config(name="sliding window, -fa off", model=made.sliding, flash=False)
     references: dict[str, Session] = {}
+    elastic: dict[str, Session] = {}
     for config in (main, plain, other, sliding, sliding_plain):
         asks = _ASKS if config is main else _ASKS[:2]
-        _pair(recorder, install, config, asks, folder, references)
+        _pair(recorder, install, config, asks, folder, references, elastic)
     if main.name in references and other.name in references:
         recorder.run(
             "answers: rich, and different for two seeds",
@@ -84,12 +87,13 @@ def check_llama(recorder: Recorder, install: Install, made: Models, folder: Path
             cells=_SHIFT_CELLS,
             shift=True,
         )
-        _pair(recorder, install, config, _SHIFT_ASKS, folder, references)
-    if main.name in references:
+        _pair(recorder, install, config, _SHIFT_ASKS, folder, references, elastic)
+    if main.name in elastic:
         recorder.run(
             "limit: refused above it, unharmed below it",
-            lambda: _limited(install, main, references[main.name].answers[0], folder),
+            lambda: _limited(install, elastic[main.name], folder),
         )
+    check_sleep(recorder, install, main, folder)
     recorder.run("setting: a bad value is refused", lambda: _bad_value(install, main, folder))
     for config in (plain, sliding_plain) if self_test else (plain,):
         if config.name in references:
@@ -106,14 +110,17 @@ def _pair(
     asks: Sequence[Ask],
     folder: Path,
     references: dict[str, Session],
+    elastics: dict[str, Session],
 ) -> None:
     """One configuration with the cache off and on, and what the two must have shown."""
     found: dict[bool, Session] = {}
 
     def both() -> Outcome:
         for elastic in (OFF, ON):
-            found[elastic.on] = run_session(install, config, elastic, asks, folder, erase_then=asks[0])
-        references[config.name] = found[False]
+            found[elastic.on] = run_session(
+                install, config, elastic, asks, folder, erase_then=asks[0], rest=len(asks) > 2
+            )
+        references[config.name], elastics[config.name] = found[False], found[True]
         return same_answers(found[False], found[True])
 
     recorder.run(f"tokens equal: {config.name}", both)
@@ -127,6 +134,8 @@ def _pair(
         recorder.run(f"memory at start: {config.name}", lambda: memory_at_start(on))
         recorder.run(f"memory grows with the prompt: {config.name}", lambda: memory_grows(on))
         recorder.run(f"memory kept after a request: {config.name}", lambda: memory_kept(on))
+        if len(asks) > 2:
+            recorder.run(f"idle memory goes after a while: {config.name}", lambda: memory_rested(on))
     recorder.run(f"memory falls when the slot is erased: {config.name}", lambda: memory_falls(on))
     recorder.run(f"memory as the kernel sees it: {config.name}", lambda: memory_witnessed(on))
 
@@ -250,14 +259,29 @@ def memory_grows(session: Session) -> Outcome:
 
 
 def memory_kept(session: Session) -> Outcome:
-    """A while after a request has finished its pages are still mapped."""
+    """A while after a request has finished its pages are still mapped, and at most one step that was mapped ahead."""
     last = session.asked()[-1]
     held = session.sample("held")
-    if held.mapped != last.mapped:
+    step = session.config.model.cache_bytes(STEP_CELLS)
+    if not last.mapped <= held.mapped <= last.mapped + step:
         raise session.failed(
             f"{last.mapped} bytes after the request, {held.mapped} a while later", **_figures(held)
         )
     return Outcome(f"{held.mapped} bytes", _figures(held))
+
+
+def memory_rested(session: Session) -> Outcome:
+    """Some seconds after the last request only the cells in use are mapped, in steps: what was mapped ahead went."""
+    rested = session.sample("rested")
+    model = session.config.model
+    padded = -(-rested.cells // STEP_CELLS) * STEP_CELLS
+    least, most = model.cache_bytes(rested.cells), model.cache_bytes(padded)
+    if not least <= rested.mapped <= most:
+        raise session.failed(
+            f"{rested.mapped} bytes mapped with {rested.cells} cells in use, expected {least} to {most}",
+            **_figures(rested),
+        )
+    return Outcome(f"{rested.mapped} bytes for {rested.cells} cells", _figures(rested))
 
 
 def memory_falls(session: Session) -> Outcome:
@@ -274,7 +298,7 @@ def memory_falls(session: Session) -> Outcome:
     }
     if after.mapped > step or after.usable > step:
         raise session.failed(
-            f"{before.mapped} bytes before erasing the slot, {after.mapped} logged and {after.usable} in use "
+            f"{before.mapped} bytes before erasing the slot, {after.mapped} by the ledger and {after.usable} in use "
             f"{seconds:.2f} s after, more than one step ({step})",
             **figures,
         )
@@ -284,8 +308,8 @@ def memory_falls(session: Session) -> Outcome:
 
 
 def memory_witnessed(session: Session) -> Outcome:
-    """At every moment the bytes logged as mapped are those that the kernel lets the process use, and those
-    that it holds in memory for it (pages are filled when they are mapped)."""
+    """At every moment the bytes that the ledger says are mapped are those that the kernel lets the process
+    use, and those that it holds in memory for it (pages are filled when they are mapped)."""
     figures: dict[str, Figure] = {}
     moments = (session.sample("start"), *session.asked(), session.sample("held"), session.sample("erased"))
     for now in moments:
@@ -294,12 +318,12 @@ def memory_witnessed(session: Session) -> Outcome:
         )
         if now.usable != now.mapped:
             raise session.failed(
-                f"{now.moment}: {now.mapped} bytes logged as mapped, by the kernel {now.usable} are usable",
+                f"{now.moment}: {now.mapped} bytes mapped by the ledger, by the kernel {now.usable} are usable",
                 **figures,
             )
         if not now.held_min <= now.mapped <= now.held_max:
             raise session.failed(
-                f"{now.moment}: {now.mapped} bytes logged as mapped, the kernel holds {now.held_min} to "
+                f"{now.moment}: {now.mapped} bytes mapped by the ledger, the kernel holds {now.held_min} to "
                 f"{now.held_max}",
                 **figures,
             )
@@ -316,29 +340,37 @@ def _figures(taken: Sample) -> dict[str, int | float | str]:
     }
 
 
-def _limited(install: Install, config: Config, expected: Answer, folder: Path) -> Outcome:
-    """A quarter of the context may be mapped: a short prompt is answered as without a limit, a long one is
-    refused, the server lives on, and what is mapped never exceeds the limit."""
-    limit = config.model.cache_bytes(config.cells) // 4
-    elastic = Elastic(on=True, limit=f"{limit // 2**20}MiB")
+def _limited(install: Install, free: Session, folder: Path) -> Outcome:
+    """Beside what a server has mapped at its start a quarter of the context may be: a short prompt is
+    answered as without a limit, a long one is refused, the server lives on, and what is mapped never exceeds
+    the limit."""
+    config = free.config
+    base = free.sample("start").charged
+    limit = base + config.model.cache_bytes(config.cells) // 4
+    elastic = Elastic(on=True, limit=f"{limit / 10**9:.9f}")
     with serve(server_spec(install, config, elastic, folder), folder) as server:
         for again in (False, True):
-            if complete(server, _SHORT).tokens != expected.tokens:
+            if complete(server, _SHORT).tokens != free.answers[0].tokens:
                 when = "after a refusal" if again else "under a limit"
                 raise server.failed(f"a short prompt is answered otherwise {when}")
             if not again:
-                status, message = refused(server, _ASKS[2])
-            now = sample(server, "limited", 0)
-            if now is None or now.usable > limit:
-                raise server.failed(f"more than the limit of {limit} bytes is mapped: {now}")
+                status, message, retry = refused(server, _ASKS[2])
+            now = sample(server, install, ledger_path(folder), "limited", 0)
+            if now is None or now.charged > limit:
+                raise server.failed(f"more than the limit of {limit} bytes is charged: {now}")
         peak = log_peak(server.log_text())
         if peak > limit:
             raise server.failed(f"{peak} bytes were mapped, more than the limit of {limit}")
         if not refusal_logged(server.log_text()):
             raise server.failed("the log does not say that the limit was the reason")
+        if status != 503 or retry is None or "limit" not in message:
+            raise server.failed(
+                f"refused with status {status} and Retry-After {retry}, not with 503 and words about the limit: "
+                f"{message}"
+            )
     return Outcome(
         f"refused with status {status} ({message!r}); at most {peak} of {limit} bytes mapped",
-        {"limit": limit, "peak": peak, "status": status},
+        {"limit": limit, "at start": base, "peak": peak, "status": status},
     )
 
 

@@ -83,18 +83,18 @@ SLIDING = Shape(arch="gemma2", layers=4, embd=128, heads=4, kv_heads=2, head_dim
 
 def tiny_llama(path: Path, seed: int) -> TinyModel:
     """Write a llama model (grouped-query attention, full context in every layer)."""
-    return _write(path, seed, LLAMA)
+    return write(path, seed, LLAMA)
 
 
 def tiny_swa(path: Path, seed: int) -> TinyModel:
     """Write a gemma2 model, in which sliding-window and full-attention layers alternate."""
-    return _write(path, seed, SLIDING)
+    return write(path, seed, SLIDING)
 
 
 def tiny_embedding(path: Path, seed: int) -> TinyModel:
     """Write a llama model whose file asks for mean pooling, which is what makes servers treat it as an
     embedder."""
-    return _write(path, seed, LLAMA_POOLED)
+    return write(path, seed, LLAMA_POOLED)
 
 
 def vocabulary() -> tuple[list[str], list[str]]:
@@ -186,7 +186,8 @@ def _tensors(shape: Shape, seed: int) -> Iterator[tuple[str, F32]]:
         yield "output.weight", output
 
 
-def _write(path: Path, seed: int, shape: Shape) -> TinyModel:
+def write(path: Path, seed: int, shape: Shape) -> TinyModel:
+    """Write a model of this shape."""
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(f"kvpatch-smoke-{shape.arch}-{seed}")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)

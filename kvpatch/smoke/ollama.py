@@ -14,7 +14,7 @@ from typing import Any
 from kvpatch import process
 from kvpatch.smoke import smaps
 from kvpatch.smoke.install import Install
-from kvpatch.smoke.llama import log_figures
+from kvpatch.smoke.llama import witness
 from kvpatch.smoke.models import TinyModel
 from kvpatch.smoke.server import Server, ServerSpec
 
@@ -39,6 +39,10 @@ class Instance:
         return self.folder / f"home-{self.name}"
 
     @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger"
+
+    @property
     def binary(self) -> Path:
         assert self.install.ollama is not None
         return self.install.ollama
@@ -51,7 +55,7 @@ class Instance:
             "OLLAMA_HOST": f"127.0.0.1:{port}",
             "OLLAMA_NO_CLOUD": "true",
             "OLLAMA_NOPRUNE": "true",
-            "KVCACHED_LEDGER": str(self.folder / "ledger"),
+            "KVCACHED_LEDGER": str(self.ledger),
             **self.settings,
         }
 
@@ -210,21 +214,15 @@ def children(server: Server) -> tuple[int, ...]:
     return tuple(found)
 
 
-def witnessed(server: Server, *, settle: float = 1.0) -> tuple[smaps.Usage, int]:
-    """What the kernel shows of the cache of the one llama-server that runs, and the mapped bytes it logged
-    last."""
+def witnessed(server: Server, instance: Instance, *, settle: float = 1.0) -> tuple[smaps.Usage, int]:
+    """What the kernel shows of the KV cache of the one llama-server that runs, and its mapped bytes by the ledger."""
     pids = children(server)
     if len(pids) != 1:
         raise server.failed(f"expected one llama-server, found {len(pids)}")
-    deadline = time.monotonic() + settle
-    while True:
-        figures = log_figures(server.log_text())
-        if figures is None:
-            raise server.failed("no address range of an elastic cache in the log")
-        usage = smaps.usage(smaps.read(pids[0]), figures[0])
-        if usage.usable == figures[1] or time.monotonic() > deadline:
-            return usage, figures[1]
-        time.sleep(_POLL_SECONDS)
+    seen = witness(instance.install, instance.ledger, server.log_text(), pids[0], settle=settle)
+    if seen is None:
+        raise server.failed("no address range of an elastic cache in the log")
+    return seen[0], seen[1].kv
 
 
 def kv_fields(server: Server, model: Loaded) -> dict[str, int]:

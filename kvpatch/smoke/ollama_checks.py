@@ -110,7 +110,7 @@ def _serve(instance: Instance, made: Models, embedder: models.TinyModel, found: 
     with serve(instance.spec(), instance.folder) as server:
         for name, model in ((_FIRST, made.first), (_SECOND, made.second), (_EMBEDDER, embedder)):
             create(server, name, model)
-        talk = _talk(server, elastic=instance.config is not None)
+        talk = _talk(server, instance)
         seconds = _stop_all(instance, server)
         log = server.log_text()
     if f"{ENABLED}:" not in log and f"{ENABLED}=" not in log:
@@ -137,15 +137,16 @@ def _serve(instance: Instance, made: Models, embedder: models.TinyModel, found: 
     )
 
 
-def _talk(server: Server, *, elastic: bool) -> Talk:
+def _talk(server: Server, instance: Instance) -> Talk:
+    elastic = instance.config is not None
     texts = {}
     memory: dict[str, int] = {}
     texts["generate"] = generate(server, _FIRST, _SHORT, _TOKENS)
     if elastic:
-        memory.update(_figures(server, "short"))
+        memory.update(_figures(server, instance, "short"))
     texts["generate, long prompt"] = generate(server, _FIRST, _LONG, _TOKENS)
     if elastic:
-        memory.update(_figures(server, "long"))
+        memory.update(_figures(server, instance, "long"))
     elif any(model.kv is not None for model in loaded(server).values()):
         raise server.failed("switched off, /api/ps still has a `kvcached` object")
     texts["chat"] = chat(server, _FIRST, _SHORT, _TOKENS)
@@ -167,9 +168,9 @@ def _talk(server: Server, *, elastic: bool) -> Talk:
     return Talk(texts=texts, vectors=tuple(map(tuple, vectors)), pieces=pieces, memory=memory)
 
 
-def _figures(server: Server, moment: str) -> dict[str, int]:
-    """Figures of /api/ps, the log and the kernel for the first model, taken while no request runs."""
-    usage, logged = witnessed(server)
+def _figures(server: Server, instance: Instance, moment: str) -> dict[str, int]:
+    """Figures of /api/ps, the ledger and the kernel for the first model, taken while no request runs."""
+    usage, mapped = witnessed(server, instance)
     model = loaded(server).get(_FIRST)
     if model is None or model.kv is None:
         raise server.failed(f"/api/ps has no `kvcached` object for {_FIRST}")
@@ -177,7 +178,7 @@ def _figures(server: Server, moment: str) -> dict[str, int]:
     if not isinstance(state, str) or not state:
         raise server.failed(f"/api/ps: kvcached.state of {_FIRST} is {state!r}")
     figures = {f"{moment}: {key}": value for key, value in kv_fields(server, model).items()}
-    figures[f"{moment}: logged"] = logged
+    figures[f"{moment}: ledger"] = mapped
     figures[f"{moment}: usable"] = usage.usable
     figures[f"{moment}: held_min"] = usage.held_min
     figures[f"{moment}: held_max"] = usage.held_max
@@ -244,12 +245,12 @@ def _memory(talk: Talk, model: models.TinyModel) -> Outcome:
         mapped = memory[f"{moment}: kv_mapped"]
         least, most = memory[f"{moment}: held_min"], memory[f"{moment}: held_max"]
         if (
-            not mapped == memory[f"{moment}: logged"] == memory[f"{moment}: usable"]
+            not mapped == memory[f"{moment}: ledger"] == memory[f"{moment}: usable"]
             or not least <= mapped <= most
         ):
             raise CheckFailed(
-                f"after a {moment} prompt /api/ps says {mapped} bytes are mapped, the log "
-                f"{memory[f'{moment}: logged']}; by the kernel {memory[f'{moment}: usable']} are usable and "
+                f"after a {moment} prompt /api/ps says {mapped} bytes are mapped, the ledger "
+                f"{memory[f'{moment}: ledger']}; by the kernel {memory[f'{moment}: usable']} are usable and "
                 f"{least} to {most} held",
                 figures=figures,
             )

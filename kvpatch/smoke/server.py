@@ -107,7 +107,7 @@ class Server:
         except requests.Timeout as error:
             raise self.failed(f"{self.name}: no answer to {method} {path} within {timeout:g} s") from error
         except requests.RequestException as error:
-            raise self._unanswered(f"{self.name}: {method} {path} got no answer", error) from error
+            raise self.unanswered(f"{self.name}: {method} {path} got no answer", error) from error
 
     def answers(self, path: str) -> bool:
         """Whether a GET is answered 200; raises requests' errors when there is no answer."""
@@ -162,7 +162,8 @@ class Server:
             f"{detail}: the process {describe_end(returncode)}", returncode=returncode, logs=self.logs()
         )
 
-    def _unanswered(self, detail: str, error: Exception) -> CheckFailed:
+    def unanswered(self, detail: str, error: Exception) -> CheckFailed:
+        """What a broken connection means: the process has ended (and how), or it still runs."""
         # A crashed process closes its connections before its exit status is there (it may dump core first).
         deadline = time.monotonic() + _CRASH_SECONDS
         while (returncode := self._child.poll()) is None:

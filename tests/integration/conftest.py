@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from kvpatch import paths, smoke
+from kvpatch.smoke import models as tiny
+from tests.integration.llama_pair import PATCHED, STOCK, Pair
 
 Kvpatch = Callable[..., "dict[str, Any]"]
 
@@ -52,3 +55,20 @@ def patched(kvpatch: Kvpatch, shared_cache: Path, stock: smoke.Install) -> smoke
     out = shared_cache / "demo" / "elastic"
     kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--out", out)
     return smoke.Install.detect(out)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    # Upstream dereferences NULL when it shifts a quantised K whose head size is no multiple of 64.
+    wide = dataclasses.replace(tiny.LLAMA, heads=2, kv_heads=1, head_dim=64)
+    return {
+        "heads of 64": tiny.write(folder / "wide.gguf", 1, wide).path,
+        "llama": tiny.tiny_llama(folder / "llama.gguf", 1).path,
+        "swa": tiny.tiny_swa(folder / "swa.gguf", 1).path,
+    }
+
+
+@pytest.fixture
+def pair(tmp_path: Path, models: dict[str, Path], stock: smoke.Install, patched: smoke.Install) -> Pair:
+    return Pair(folder=tmp_path, models=models, installs={STOCK: stock, PATCHED: patched})

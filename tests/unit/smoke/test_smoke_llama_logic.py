@@ -14,10 +14,13 @@ from kvpatch import demo
 from kvpatch.demo import DemoRow
 from kvpatch.smoke import llama_checks as checks
 from kvpatch.smoke import models, ollama_checks, smaps
-from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, log_figures, log_peak
+from kvpatch.smoke.holdings import Holdings
+from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, kv_ranges, log_peak
 from kvpatch.smoke.ollama import Instance
 from kvpatch.smoke.ollama_checks import Talk
 from kvpatch.smoke.report import CheckFailed, Outcome
+from kvpatch.smoke.sleep_checks import Talk as Conversation
+from kvpatch.smoke.sleep_checks import same_talk
 
 _STEP = 2 * 4 * 128 * 256  # K and V, 4 layers, 128 bytes a cell, 256 cells
 _CELLS = 8192
@@ -57,6 +60,7 @@ def session(tmp_path: Path) -> Session:
             _sample("ask 1", _STEP, 200),
             _sample("ask 2", 5 * _STEP, 1200),
             _sample("held", 5 * _STEP, 1200),
+            _sample("rested", 5 * _STEP, 1200),
             _sample("erased", 0),
         ),
         erase_seconds=0.1,
@@ -78,6 +82,7 @@ _VERDICTS = (
     checks.memory_at_start,
     checks.memory_grows,
     checks.memory_kept,
+    checks.memory_rested,
     checks.memory_falls,
     checks.memory_witnessed,
 )
@@ -103,6 +108,9 @@ def test_no_figures_never_pass(session: Session, verdict: Callable[[Session], Ou
         (checks.memory_grows, "ask 2", {"mapped": 9 * _STEP}, "expected"),
         (checks.memory_grows, "start", {"mapped": _STEP}, "did not grow"),
         (checks.memory_kept, "held", {"mapped": 4 * _STEP}, "a while later"),
+        (checks.memory_kept, "held", {"mapped": 7 * _STEP}, "a while later"),
+        (checks.memory_rested, "rested", {"mapped": 6 * _STEP}, "expected"),
+        (checks.memory_rested, "rested", {"mapped": 4 * _STEP}, "expected"),
         (checks.memory_falls, "erased", {"mapped": 2 * _STEP}, "more than one step"),
         (checks.memory_falls, "erased", {"usable": 2 * _STEP}, "more than one step"),
         (checks.memory_falls, "ask 2", {"mapped": 0}, "did not fall"),
@@ -152,18 +160,59 @@ def test_first_difference() -> None:
     assert first_difference([1, 2], [1, 2, 3]) == 2
 
 
-def test_log_figures() -> None:
-    assert log_figures("llama_kv_cache: size = 8.00 MiB\n") is None
+def test_what_is_read_from_a_log() -> None:
+    assert kv_ranges("llama_kv_cache: size = 8.00 MiB\n") == ()
     text = (
         "kvcached: region base=0x7f0000000000 size=8192 name=cache\n"
         "kvcached: CPU KV reserved = 0.01 MiB, mapped = 0.00 MiB, page = 4 KiB, limit = none\n"
     )
-    assert log_figures(text) == ((smaps.Range(start=0x7F0000000000, size=8192),), 0, 8192)
-    text += "kvcached: mapped = 4096 reserved = 8192\nkvcached: mapped = 8192 reserved = 8192\n"
-    figures = log_figures(text)
-    assert figures is not None
-    assert figures[1:] == (8192, 8192)
-    assert log_peak(text + "kvcached: mapped = 0 reserved = 8192\n") == 8192
+    assert kv_ranges(text) == (smaps.Range(start=0x7F0000000000, size=8192),)
+    assert log_peak(text) == 0
+    text += "kvcached: mapped = 4096 reserved = 8192 on CPU\nkvcached: mapped = 8192 reserved = 8192 on CPU\n"
+    assert log_peak(text + "kvcached: mapped = 0 reserved = 8192 on CPU\n") == 8192
+
+
+_AWAKE = Holdings(kv=_STEP, weights=1000, compute=500, idle=_STEP // 4, asleep=0, charge=_STEP + 1500)
+_ASLEEP = Holdings(kv=0, weights=0, compute=0, idle=0, asleep=_STEP + 1500, charge=0)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights.gguf"
+    path.write_bytes(bytes(1000))
+    return path
+
+
+def test_a_conversation_that_slept_passes(weights: Path) -> None:
+    answers = (_answer(1, 2), replace(_answer(3, 4), processed=25))
+    slept = Conversation(answers=answers, before=_AWAKE, asleep=_ASLEEP)
+    outcome = same_talk(Conversation(answers=answers), slept, weights)
+    assert outcome.figures["asleep"] == _ASLEEP.asleep
+
+
+@pytest.mark.parametrize(
+    ("before", "asleep", "second", "says"),
+    [
+        ({"weights": 0}, {}, {}, "0 bytes of weights can sleep"),
+        ({}, {"weights": 1000}, {}, "asleep it holds"),
+        ({}, {"kv": 4096}, {}, "asleep it holds"),
+        ({}, {"compute": 4096}, {}, "asleep it holds"),
+        ({}, {"asleep": _STEP // 2}, {}, "less than were in use"),
+        ({}, {}, {"tokens": (3, 5)}, "answer 2 is another one"),
+        ({}, {}, {"processed": 326}, "had to be processed again"),
+    ],
+)
+def test_a_conversation_that_lost_by_sleeping_fails(
+    weights: Path, before: dict[str, int], asleep: dict[str, int], second: dict[str, object], says: str
+) -> None:
+    answers = (_answer(1, 2), replace(_answer(3, 4), processed=25))
+    slept = Conversation(
+        answers=(answers[0], cast(Answer, replace(answers[1], **second))),  # type: ignore[arg-type]
+        before=replace(_AWAKE, **before),
+        asleep=replace(_ASLEEP, **asleep),
+    )
+    with pytest.raises(CheckFailed, match=says):
+        same_talk(Conversation(answers=answers), slept, weights)
 
 
 def _row(moment: str, mapped: int, equal: bool | None) -> DemoRow:
@@ -235,7 +284,7 @@ def _talk(**memory: int) -> Talk:
         texts[f"kv-second, turn {turn}"] = models.prompt_text(64, 6)
     figures = {"lease, both": 10, "charge, both": 12}
     for moment, mapped in (("short", _STEP), ("long", 12 * _STEP)):
-        figures.update({f"{moment}: {key}": mapped for key in ("kv_mapped", "logged", "usable", "held_max")})
+        figures.update({f"{moment}: {key}": mapped for key in ("kv_mapped", "ledger", "usable", "held_max")})
         figures.update({f"{moment}: held_min": 0, f"{moment}: limit": 10**9, f"{moment}: kv_reserved": _FULL})
     return Talk(texts=texts, vectors=((1.0, 2.0),), pieces=9, memory={**figures, **memory})
 

@@ -1,0 +1,1 @@
+"""A soak of a patched llama-server: see `python -m tests.soak --help`."""
