@@ -37,7 +37,8 @@ LLAMA_CPP_FLAGS = (
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_SUBPROCESS=OFF",
+    # Router mode (--models-dir) starts its instances by this.
+    "-DLLAMA_SUBPROCESS=ON",
     "-DLLAMA_TOOLS_INSTALL=OFF",
     "-DCMAKE_INSTALL_RPATH=$ORIGIN",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
