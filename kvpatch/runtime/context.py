@@ -52,8 +52,8 @@ class Options:
     `ledger` is a path, None or True the device's own, False none at all. `slot` -1 takes a free one. `backend` and
     `lookahead` may be given by name. What is wrong raises UsageError when the context is opened. `control` False:
     commands to its slot are not answered. `log` is called with the context locked, and from the library's threads: it
-    must not use the context. `event` hears of sleep, waking and trims, with the figures of that moment; like `log` it is
-    called with the context locked, from any thread, and must not use the library nor raise.
+    must not use the context. `event` hears of sleep, waking and trims, with the figures of that moment; it is called as
+    `log` is, and must not use the library nor raise.
     """
 
     backend: Backend | int | str = Backend.HOST
@@ -286,7 +286,7 @@ class Region(Closing):
 
     def prepare_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
         """The same for several ranges (offset, length), worked off in their order; none: forgets the last request."""
-        pairs = [(number("offset", offset), number("length", length)) for offset, length in ranges]
+        pairs = [RangeStruct(number("offset", off), number("length", length)) for off, length in ranges]
         array = (RangeStruct * len(pairs))(*pairs)
         self._context._call(f"prepare {len(pairs)} ranges", "prepare_ranges", self._open(), array, len(pairs))
 

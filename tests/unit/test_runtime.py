@@ -32,6 +32,7 @@ from kvpatch.runtime import (
     LogLevel,
     Lookahead,
     Options,
+    Stats,
     load,
     structures,
 )
@@ -386,6 +387,64 @@ def test_dropping_the_last_reference_gives_everything_back(lib: Library, path: P
     del context, region
     gc.collect()
     assert ledger.slots() == ()
+
+
+def test_several_ranges_ahead(lib: Library) -> None:
+    with Context(Options(ledger=False, lookahead="inline"), library=lib) as context:
+        region = context.reserve(MIB)
+        region.prepare_ranges((page * 4096, 4096) for page in (3, 9, 5))
+        assert context.stats().ready == 3 * 4096
+        region.prepare_ranges([])
+        assert context.stats().ready == 3 * 4096
+        with pytest.raises(CallError, match="cannot prepare 2 ranges: KVCACHED_E_INVAL"):
+            region.prepare_ranges([(0, 4096), (MIB, 1)])
+        with pytest.raises(UsageError, match="length -1 is not between"):
+            region.prepare_ranges([(0, -1)])
+        assert context.stats().mapped == 3 * 4096
+
+
+def test_events_arrive(lib: Library, path: Path, ledger: Ledger) -> None:
+    heard: list[tuple[Event, Stats]] = []
+    refused: list[str] = []
+
+    def event(what: Event, now: Stats) -> None:
+        heard.append((what, now))
+        try:
+            opened.stats()
+        except CallError as error:
+            refused.append(error.detail)
+
+    with Context(Options(ledger=path, event=event), library=lib) as opened:
+        region = opened.reserve(MIB)
+        region.ensure(0, 4 * 4096)
+        opened.sleep()
+        with opened.gate():
+            region.release(0, 4096)
+        (slot,) = ledger.slots()
+        assert ledger.command(slot.slot, Command.TRIM) == 4096
+    assert [what for what, _ in heard] == [Event.SLEEPING, Event.SLEPT, Event.WOKE, Event.TRIMMED]
+    assert [(now.mapped, now.kind_asleep[0], now.limit) for _, now in heard] == [
+        (4 * 4096, 0, None),
+        (0, 4 * 4096, None),
+        (4 * 4096, 0, None),
+        (3 * 4096, 0, None),
+    ]
+    assert (heard[0][1].last_inside_ns, heard[3][1].last_inside_ns > 0) == (0, True)
+    assert len(refused) == 4
+    assert all("event function" in detail for detail in refused)
+
+
+def test_idle_memory_goes_back_by_itself(lib: Library) -> None:
+    done = threading.Event()
+    options = Options(ledger=False, idle_trim_ms=20, event=lambda what, _now: done.set())
+    with Context(options, library=lib) as context:
+        region = context.reserve(MIB)
+        region.ensure(0, 4 * 4096)
+        region.release(0, 4096)
+        assert done.wait(10)
+        assert context.stats().mapped == 3 * 4096
+    with pytest.raises(UsageError, match="idle_trim_ms 4294967296 is not between"):
+        Context(Options(idle_trim_ms=1 << 32), library=lib)
 
 
 def test_log_lines_arrive(lib: Library, path: Path) -> None:

@@ -218,7 +218,7 @@ static void use_the_device(hearing *h, int event) {
   CHECK_EQ(d->device_get(&device, 0), 0);
   CHECK_EQ(d->primary_retain(&mine, device), 0);
   CHECK_EQ(d->ctx_push(mine), 0);
-  CHECK_EQ(d->mem_host_alloc(&p, 4096, 0), 0);
+  CHECK_EQ(d->mem_host_alloc(&p, 4096, CU_HOST_ALLOC_PORTABLE), 0);
   CHECK_EQ(d->ctx_synchronize(), 0);
   CHECK_EQ(d->mem_free_host(p), 0);
   CHECK_EQ(d->ctx_pop(&popped), 0);
