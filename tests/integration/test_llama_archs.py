@@ -1,0 +1,141 @@
+"""Every architecture that llama.cpp's own tests can make, in four cache configurations: logits elastic and stock.
+
+The driver is in tests/llama/. By hand, with a patched tree and the folder of its libraries:
+
+    cmake -S tests/llama -B BUILD -DLLAMA_CPP_TREE=TREE -DLLAMA_CPP_LIBS=LIBS && cmake --build BUILD
+    BUILD/llama-archs compare
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvpatch import smoke, toolchain
+from tests.integration.conftest import Kvpatch
+
+pytestmark = [pytest.mark.build, pytest.mark.timeout(1800)]
+
+SOURCES = Path(__file__).resolve().parents[1] / "llama"
+PARTS = 2
+CONFIGS = {"unified+fa", "split+fa", "split-fa", "split+q8_0"}
+# What the pinned llama.cpp gives: 116 models (dense and expert variants apart) in four configurations each.
+CASES, EQUAL = 464, 430
+# Steps that an architecture may not be able to do in stock either; each must have been compared in most cases.
+STEPS = ("seq_rm", "state", "seq_cp", "whole state", "long")
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+def parse(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    """Writes a line to the terminal, also where tests pass: what was left out is part of the result."""
+
+    def write(line: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"\n{line}")
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def driver(kvpatch: Kvpatch, shared_cache: Path, patched: smoke.Install) -> Path:
+    """The program, linked with the patched build's libraries. Its tree is the patched one since `patched` came last."""
+    libraries = patched.llama_server.parent
+    out = libraries.parent
+    workspace = kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--out", out)[
+        "data"
+    ]["workspace"]
+    cmake = toolchain.ensure(toolchain.CMAKE, shared_cache / "tools").path
+    ninja = toolchain.ensure(toolchain.NINJA, shared_cache / "tools").path
+    build = shared_cache / "tests" / "llama-archs"
+    for argv in (
+        [
+            *(cmake, "-S", SOURCES, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            *(f"-DLLAMA_CPP_TREE={workspace}/llama.cpp", f"-DLLAMA_CPP_LIBS={libraries}"),
+        ],
+        [cmake, "--build", build, "--parallel", str(PARTS)],
+    ):
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return build / "llama-archs"
+
+
+@pytest.fixture(scope="module")
+def cases(driver: Path) -> list[Row]:
+    """A row a case, from as many processes as there are parts."""
+    running = [
+        subprocess.Popen(
+            [driver, "compare", "--part", f"{part}/{PARTS}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for part in range(PARTS)
+    ]
+    try:
+        rows = [row for process in running for row in parse(process.communicate()[0])]
+    finally:
+        for process in running:
+            process.kill()
+    return [row for row in rows if "arch" in row]
+
+
+def test_all_configurations_of_all_architectures(cases: list[Row]) -> None:
+    assert len(cases) >= CASES
+    models = {row["arch"] for row in cases}
+    assert {(row["arch"], row["config"]) for row in cases} == {(m, c) for m in models for c in CONFIGS}
+    assert len(cases) == len(models) * len(CONFIGS)
+
+
+def test_logits_equal_stock(cases: list[Row], say: Say) -> None:
+    counts = Counter(row["status"] for row in cases)
+    skipped = [row for row in cases if row["status"] == "skipped"]
+    say(
+        f"{counts['equal']} of {len(cases)} cases equal, {counts['skipped']} skipped, as stock cannot run them:"
+    )
+    for row in skipped:
+        say(f"  {row['arch']} {row['config']}: {row['why']}")
+    assert [row for row in cases if row["status"] not in ("equal", "skipped")] == []
+    assert [row for row in skipped if not row["why"]] == []
+    assert counts["equal"] >= EQUAL
+
+
+def test_what_was_compared(cases: list[Row], say: Say) -> None:
+    """A step that stock cannot do is left out of a case, which must stay the exception."""
+    equal = [row for row in cases if row["status"] == "equal"]
+    left_out = Counter((step, why) for row in equal for step, why in row["left_out"].items())
+    say("steps left out of cases, as stock ends there:")
+    for (step, why), count in sorted(left_out.items()):
+        say(f"  {step}, {count} cases: {why}")
+    assert min(row["values"] for row in equal) >= 15
+    for step in STEPS:
+        done = sum(step not in row["left_out"] for row in equal)
+        assert done >= 0.8 * len(equal), step
+
+
+def test_weights_slept_in_every_case(cases: list[Row]) -> None:
+    """The driver itself counts as different a case whose weights were not all elastic or did not all sleep."""
+    equal = [row for row in cases if row["status"] == "equal"]
+    assert all(row["figures"]["slept"] >= row["figures"]["weights slept"] > 0 for row in equal)
+
+
+@pytest.mark.parametrize(("check", "results"), [("memory", 6), ("fault", 4), ("ahead", 1), ("control", 1)])
+def test_check(driver: Path, check: str, results: int) -> None:
+    done = subprocess.run([driver, check], capture_output=True, text=True, check=False, timeout=600)
+    rows = parse(done.stdout)
+    assert len(rows) == results, done.stderr
+    assert all(row["ok"] for row in rows), rows
+    assert done.returncode == 0

@@ -1,0 +1,19 @@
+// Checks that need other runs than the schedule's. Each prints a JSON line a result and returns the exit code.
+#pragma once
+
+#include "child.h"
+
+// at 256 tokens of a 64K context less than a tenth of the KV that stock allocates is mapped
+int check_memory(const environment & elastic);
+
+// under a tight limit: llama_decode returns 1, the context stays usable, a refused step leaves nothing
+int check_fault(const environment & elastic);
+
+// the cells after those in use are made ready; decodes that need no new cells leave the library alone
+int check_ahead(const environment & elastic);
+
+// a page too few at the end of each step must be noticed by the schedule
+int check_control(const environment & elastic);
+
+// a JSON string
+std::string json(const std::string & text);
