@@ -42,7 +42,10 @@ def kvpatch(shared_cache: Path) -> Kvpatch:
 
 @pytest.fixture(scope="session")
 def stock(kvpatch: Kvpatch, shared_cache: Path) -> smoke.Install:
-    """An unpatched llama-server, where the demonstration builds it too."""
+    """An unpatched llama-server, where the demonstration builds it too; or one that was made before, named by
+    KVPATCH_TEST_STOCK."""
+    if (made := os.environ.get("KVPATCH_TEST_STOCK")) is not None:
+        return smoke.Install.detect(Path(made))
     out = shared_cache / "demo" / "stock"
     kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--stock", "--out", out)
     return smoke.Install.detect(out)
@@ -50,7 +53,10 @@ def stock(kvpatch: Kvpatch, shared_cache: Path) -> smoke.Install:
 
 @pytest.fixture(scope="session")
 def patched(kvpatch: Kvpatch, shared_cache: Path, stock: smoke.Install) -> smoke.Install:
-    """The patched one. After the stock one, since both compile in one workspace and the later tests need this state."""
+    """The patched one (or that of KVPATCH_TEST_PATCHED). After the stock one, since both compile in one workspace and the
+    later tests need this state."""
+    if (made := os.environ.get("KVPATCH_TEST_PATCHED")) is not None:
+        return smoke.Install.detect(Path(made))
     del stock
     out = shared_cache / "demo" / "elastic"
     kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--out", out)
