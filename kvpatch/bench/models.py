@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from kvpatch import paths
 from kvpatch.errors import UsageError
 from kvpatch.smoke import models as tiny
 
@@ -79,6 +80,11 @@ def shape_named(name: str) -> Shape:
         return SHAPES[name]
     except KeyError:
         raise UsageError(f"no shape is called {name!r}", hint=f"one of {', '.join(SHAPES)}") from None
+
+
+def folder(cache: Path | None = None) -> Path:
+    """Where models are kept: a large one is written once."""
+    return paths.cache_root(cache) / "bench" / "models"
 
 
 def ensure(folder: Path, shape: Shape, seed: int = 1) -> Model:

@@ -194,9 +194,9 @@ def _steps(
 
 def page_cells(setup: Setup, clients: Sequence[Client]) -> int:
     """Cells from one step of mapping to the next: a page of the K tensor, but at least what is read at once."""
-    sizes = [int(f["page_size"]) for one in clients for f in one.figures() if f.get("page_size")]
+    size = max(one.page_bytes() for one in clients) or 2 << 20
     row = setup.model.shape.row_bytes if setup.model.shape else 2048
-    return max(STEP_CELLS, max(sizes, default=2 << 20) // row // STEP_CELLS * STEP_CELLS)
+    return max(STEP_CELLS, size // row // STEP_CELLS * STEP_CELLS)
 
 
 def _show_steps(report: Report, steps: dict[str, _Steps]) -> None:

@@ -221,23 +221,26 @@ class Client:
         return [dict(entry) for entry in devices] if isinstance(devices, list) else []
 
     def mapped(self) -> dict[str, int]:
-        """Bytes mapped on the model's device by kind, and what else it says of memory."""
-        wanted = "CUDA" if any("CUDA" in str(f.get("device")) for f in self.figures()) else "CPU"
+        """Bytes on the model's device: mapped by kind, and what GET /kvcached says besides (`ready`, `host`, ...)."""
+        all_of_it = self.figures()
+        wanted = "CUDA" if any(str(entry["device"]).startswith("CUDA") for entry in all_of_it) else "CPU"
         total: dict[str, int] = {}
-        for entry in self.figures():
-            if not str(entry.get("device", "")).startswith(wanted):
+        for entry in all_of_it:
+            if not str(entry["device"]).startswith(wanted):
                 continue
-            mapped = entry["mapped"]
-            parts = mapped.values() if isinstance(mapped, dict) else mapped
-            for kind, size in zip(KINDS, parts, strict=False):
-                total[kind] = total.get(kind, 0) + int(size)
-            for name in ("idle", "ready", "pooled", "asleep", "host_bytes", "reserved"):
-                total[name] = total.get(name, 0) + int(entry.get(name, 0))
+            for kind in KINDS:
+                total[kind] = total.get(kind, 0) + int(entry["mapped_bytes"][kind])
+            for name in ("reserved", "idle", "ready", "pooled", "asleep", "host"):
+                total[name] = total.get(name, 0) + int(entry[f"{name}_bytes"])
         return total
+
+    def page_bytes(self) -> int:
+        """Of the model's device (the largest there is: a card's pages are larger than the host's)."""
+        return max((int(entry["page_bytes"]) for entry in self.figures()), default=0)
 
     def last_ms(self, what: str) -> float:
         """`sleep` or `wake`: milliseconds that the library took for the last one, of the slowest device."""
-        return max((float(f.get(f"last_{what}_ms", 0.0)) for f in self.figures()), default=0.0)
+        return max((float(f[f"last_{what}_ms"]) for f in self.figures()), default=0.0)
 
     def command(self, what: str) -> float:
         """POST /kvcached/`what`; its seconds."""

@@ -119,7 +119,7 @@ def _served(
         used = (
             models.Model(path=model.absolute(), shape=None)
             if model is not None
-            else models.ensure(cache / "bench" / "models", models.shape_named(shape))
+            else models.ensure(models.folder(cache_dir), models.shape_named(shape))
         )
         setup = servers.Setup(
             stock=stock_install,

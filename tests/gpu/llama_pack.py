@@ -1,0 +1,136 @@
+"""Packs what llama.sh needs on a machine without network into a folder:
+
+llama_pack.py OUT [--llama-cpp REF] [--llama-cpp-source SPEC] [--wheel NAME...]
+
+llama.cpp.tar.xz   the stock tree, without what a build does not read
+patched.tar.xz     the files that the series and the templates change or add
+source.json        which llama.cpp and which series
+whl/               wheels of what kvpatch needs and the machine has not (pure Python; with --wheel others too)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from kvpatch import hashing
+
+# Not read by a build for CPU and CUDA.
+_TOP = {
+    ".git",
+    ".kvpatch",
+    ".github",
+    ".devops",
+    "models",
+    "docs",
+    "tests",
+    "examples",
+    "gguf-py",
+    "media",
+    "benches",
+}
+_BACKENDS = (
+    "vulkan",
+    "sycl",
+    "metal",
+    "opencl",
+    "hexagon",
+    "webgpu",
+    "cann",
+    "et",
+    "openvino",
+    "virtgpu",
+    "zdnn",
+)
+_UNREAD = {f"ggml/src/ggml-{name}" for name in _BACKENDS} | {
+    "tools/ui/src",
+    "tools/ui/tests",
+    "tools/ui/static",
+}
+_WHEELS = ("gitpython", "gitdb", "smmap", "unidiff", "gguf", "platformdirs")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--llama-cpp", default="sdist")
+    parser.add_argument("--llama-cpp-source", default="sdist")
+    parser.add_argument("--wheel", action="append", default=[], help="a package more")
+    parser.add_argument("--python", default="3.12", help="the machine's Python")
+    given = parser.parse_args()
+    out = given.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    source = ["--llama-cpp", given.llama_cpp, "--llama-cpp-source", given.llama_cpp_source]
+
+    stock = _generate([*source, "--stock"])
+    tree = Path(stock["workspace"]) / "llama.cpp"
+    before = _files(tree)
+    _pack(out / "llama.cpp.tar.xz", tree, sorted(before))
+    patched = _generate(source)
+    after = _files(Path(patched["workspace"]) / "llama.cpp")
+    if gone := sorted(set(before) - set(after)):
+        raise SystemExit(f"the patches remove files, which an overlay cannot: {gone}")
+    changed = sorted(name for name, digest in after.items() if before.get(name) != digest)
+    _pack(out / "patched.tar.xz", Path(patched["workspace"]) / "llama.cpp", changed)
+    sources = {row["upstream"]: row for row in patched["plan"]["sources"]}
+    facts = {
+        "commit": sources["llama.cpp"]["commit"],
+        "label": f"{patched['plan']['name']}+{patched['plan']['series']}",
+        "series": patched["plan"]["series"],
+        "stock_label": f"{stock['plan']['name']}+stock",
+        "stock_series": stock["plan"]["series"],
+    }
+    (out / "source.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _wheels(out / "whl", [*_WHEELS, *given.wheel], given.python)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    sys.stdout.write(f"{out}: {len(before)} files, {len(changed)} changed, {size / 2**20:.1f} MiB\n")
+    return 0
+
+
+def _generate(words: list[str]) -> dict[str, Any]:
+    argv = [sys.executable, "-m", "kvpatch", "generate", *words, "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    data: dict[str, Any] = json.loads(done.stdout)["data"]
+    return data
+
+
+def _files(tree: Path) -> dict[str, str]:
+    """Name to sha256 of every file that a build may read."""
+    found = {}
+    for path in tree.rglob("*"):
+        name = path.relative_to(tree).as_posix()
+        if path.is_dir() or path.is_symlink() or name.split("/")[0] in _TOP:
+            continue
+        if not any(name.startswith(folder + "/") for folder in _UNREAD):
+            found[name] = hashing.of_file(path)
+    return found
+
+
+def _pack(archive: Path, tree: Path, names: list[str]) -> None:
+    with tarfile.open(archive, "w:xz", preset=6) as tar:
+        for name in names:
+            tar.add(tree / name, name)
+
+
+def _wheels(folder: Path, names: list[str], python: str) -> None:
+    folder.mkdir(exist_ok=True)
+    platforms = [w for p in ("manylinux_2_28_x86_64", "manylinux2014_x86_64") for w in ("--platform", p)]
+    argv = [
+        *(sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"),
+        *("--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms),
+        *("-d", str(folder), *names),
+    ]
+    subprocess.run(argv, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
