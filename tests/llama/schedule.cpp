@@ -100,7 +100,7 @@ namespace {
 
 struct totals {
     uint64_t kind[3] = { 0, 0, 0 };
-    uint64_t mapped = 0, asleep = 0;
+    uint64_t mapped = 0, asleep = 0, wakes = 0;
     totals() {
         for (const auto & device : llama_kvcached::figures()) {
             for (int i = 0; i < 3; ++i) {
@@ -108,18 +108,19 @@ struct totals {
                 mapped  += device.mapped[i];
             }
             asleep += device.asleep;
+            wakes  += device.wakes;
         }
     }
 };
 
 class disturber {
   public:
-    disturber(reporter & to, const llama_model & model) : to(to), weights(llama_model_size(&model)) {
+    disturber(reporter & to, llama_context & ctx) : to(to), ctx(ctx), weights(llama_model_size(llama_get_model(&ctx))) {
         const char * on = getenv("OLLAMA_KVCACHED_ENABLED");
         elastic = on && strcmp(on, "1") == 0;
     }
 
-    // the next step finds everything asleep
+    // the next step finds everything asleep, and what no cell used given up in its sleep
     void sleep() {
         if (!elastic) {
             return;
@@ -139,6 +140,11 @@ class disturber {
         }
         to.figure("weights slept", double(before.kind[1]));
         to.figure("slept", double(after.asleep));
+        llama_kvcached::idle(&ctx);
+        const totals later;
+        if (!llama_kvcached::asleep() || later.mapped != 0 || later.wakes != after.wakes || later.asleep < before.kind[1]) {
+            to.fault("giving back what no cell uses woke something");
+        }
     }
 
     void wake() {
@@ -148,7 +154,7 @@ class disturber {
         }
     }
 
-    void trim(llama_context & ctx) {
+    void trim() {
         if (!elastic) {
             return;
         }
@@ -162,10 +168,11 @@ class disturber {
     }
 
   private:
-    reporter & to;
-    uint64_t   weights; // bytes
-    bool       elastic = false;
-    double     trims   = 0;
+    reporter      & to;
+    llama_context & ctx;
+    uint64_t        weights; // bytes
+    bool            elastic = false;
+    double          trims   = 0;
 };
 
 } // namespace
@@ -202,7 +209,7 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
     llama_model_ptr   model = make_model(which);
     llama_context_ptr ctx   = make_context(*model, config, 2048, 4);
     session   s(*model, *ctx);
-    disturber between(to, *model);
+    disturber between(to, *ctx);
 
     const auto wanted = [&](const char * step) {
         if (left_out.count(step)) {
@@ -223,7 +230,7 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
     for (llama_seq_id seq = 0; seq < 4; ++seq) {
         to.value("prompt", s.grow(lengths[seq], { seq }));
         if (seq == 1) {
-            between.trim(*ctx);
+            between.trim();
         }
     }
     between.sleep();
@@ -249,7 +256,7 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
         to.value("seq_rm", std::string(tail ? "tail, " : "no tail, ") + (all ? "all" : "not all"));
         s.pos[0] = tail ? 30 : s.pos[0];
         s.pos[1] = all  ? 0  : s.pos[1];
-        between.trim(*ctx);
+        between.trim();
         to.value("seq_rm", s.grow(7, { 0 }));
         to.value("seq_rm", s.grow(33, { 1 }));
         between.sleep();
@@ -263,7 +270,6 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
             to.fault("a state saved asleep is not the one saved awake");
         }
         const bool all = llama_memory_seq_rm(s.mem, 1, -1, -1);
-        between.trim(*ctx);
         between.sleep(); // and restored so
         const size_t n = llama_state_seq_set_data(ctx.get(), state.data(), state.size(), 1);
         to.value("state", std::string(all ? "" : "not ") + "removed, " + std::to_string(n) + " bytes restored");
@@ -298,7 +304,7 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
         state.resize(llama_state_get_data(ctx.get(), state.data(), state.size()));
         to.value("whole state", std::to_string(state.size()) + " bytes " + hex(fnv(state.data(), state.size())));
         llama_memory_clear(s.mem, true);
-        between.trim(*ctx);
+        between.trim();
         between.sleep();
         to.value("whole state", std::to_string(llama_state_set_data(ctx.get(), state.data(), state.size())) + " bytes restored");
         for (llama_seq_id seq = 0; seq < 4; ++seq) {
@@ -317,13 +323,13 @@ void run_schedule(const arch_case & which, const cache_config & config, const st
                 between.sleep();
             }
             if (i == 4) {
-                between.trim(*ctx);
+                between.trim();
             }
         }
         to.value("long", s.grow(1, { 0, 1, 3 }));
         llama_memory_seq_rm(s.mem, 3, -1, -1);
         s.pos[3] = 0;
-        between.trim(*ctx);
+        between.trim();
         between.sleep();
         to.value("long", s.grow(2, { 0, 3 }));
     }
