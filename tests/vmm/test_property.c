@@ -231,8 +231,16 @@ static void step(model *m) {
     case 11: read_pages(m, q); break;
     case 12: clear_pages(m, q); break;
     case 13: {
-      range g = some_pages(m, q);
-      WORKS(m, kvcached_prepare(q->r, g.off, g.len));
+      kvcached_range_t ranges[4];
+      size_t n = pick(m, 5);
+      for (size_t i = 0; i < n; i++) {
+        range g = some_pages(m, q);
+        ranges[i] = (kvcached_range_t){g.off, g.len};
+      }
+      if (n == 1)
+        WORKS(m, kvcached_prepare(q->r, ranges[0].off, ranges[0].len));
+      else
+        WORKS(m, kvcached_prepare_ranges(q->r, ranges, n));
       break;
     }
     case 14:

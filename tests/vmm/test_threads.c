@@ -41,7 +41,9 @@ static void *use_region(void *arg) {
   kvcached_region_t r = reserve(j->ctx, KVCACHED_KV, PAGES * page);
   for (unsigned i = 0; goes_on(j, i); i++) {
     size_t first = next_random(&j->seed) % PAGES, n = 1 + next_random(&j->seed) % (PAGES - first);
+    const kvcached_range_t two[] = {{first * page, page}, {(first + n - 1) * page, page}};
     if (i % 4 == 0) CHECK_OK(kvcached_prepare(r, first * page, n * page));
+    if (i % 4 == 2) CHECK_OK(kvcached_prepare_ranges(r, two, 2));
     int err = kvcached_ensure(r, first * page, n * page);
     if (err == KVCACHED_OK) {
       j->won++;

@@ -207,6 +207,7 @@ static void bound_pool(struct kvcached_ctx *ctx) {
   if (kvc_pool_trim(ctx, most, &freed))
     kvc_log(ctx, KVCACHED_LOG_WARN, "the pool stays above its bound: %s", kvcached_last_error());
   (void)kvc_detail_again(KVCACHED_OK, &d);
+  if (freed > 0) kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
 }
 
 int kvc_ensure(struct kvcached_region *r, size_t first, size_t end) {
