@@ -33,9 +33,15 @@ static const arch_case & find_arch(const std::string & name) {
 
 // KV in use: mapped for the cells, not kept for reuse or made ready
 static uint64_t kv_used() {
-    uint64_t res = 0;
-    for (const auto & device : llama_kvcached::figures()) {
-        res += device.mapped[0] - device.idle; // weights and compute buffers have no idle pages
+    // pages on their way to be ready are mapped and not yet idle: asked until that has an end
+    uint64_t res = 0, last = 1;
+    for (int i = 0; i < 1000 && res != last; ++i) {
+        last = res;
+        res  = 0;
+        for (const auto & device : llama_kvcached::figures()) {
+            res += device.mapped[0] - device.idle; // weights and compute buffers have no idle pages
+        }
+        usleep(2000);
     }
     return res;
 }
@@ -101,7 +107,7 @@ int check_memory(const environment & elastic) {
 
 // -------------------------------------------------------------------------------------------------------- fault --
 
-// sequences of one context grow until there is no room; then one of them goes and another goes on
+// a sequence grows until there is no room; then it goes, and the others go on
 static void run_fault(const cache_config & config, reporter & to) {
     llama_log_set(quiet, nullptr);
     to.begin("load");
@@ -154,12 +160,15 @@ static void run_fault(const cache_config & config, reporter & to) {
             llama_memory_seq_rm(s.mem, 3, -1, -1);
         }
         llama_memory_seq_rm(s.mem, 2, -1, -1);
-        s.pos[2] = 0;
+        s.pos[2] = s.pos[3] = 0;
     }
-    to.begin("after");
+    to.begin("after"); // pages that the third sequence left go to the fourth
     to.value("one", s.grow(5, { 0 }));
     to.value("two", s.grow(1, { 0, 1 }));
-    to.value("three", s.grow(30, { 2 }));
+    for (int i = 0; i < 6; ++i) {
+        to.value("four", s.grow(64, { 3 }));
+    }
+    to.value("all", s.grow(1, { 0, 1, 3 }));
     if (limited) {
         to.begin("empty");
         llama_memory_clear(s.mem, false);
@@ -251,11 +260,26 @@ int check_ahead(const environment & elastic) {
         }
         const uint64_t used = kv_used();
         s.grow(1, { 0 });
+        wait_ready("the second step");
         to.figure("taken", double(kv_used() - used));
         if (kv_used() - used != uint64_t(STEP)) {
             to.fault("the second step used " + std::to_string(kv_used() - used) + " bytes");
         }
-        wait_ready("the second step");
+
+        to.begin("a new prompt");
+        const auto full = device();
+        llama_memory_seq_rm(s.mem, 0, -1, -1);
+        s.pos[0] = 0;
+        s.grow(64, { 0 });
+        if (const auto now = device(); now.ensures != full.ensures || now.releases != full.releases) {
+            to.fault("a new prompt does not take over the pages of the one before");
+        }
+        for (int i = 0; i < 40; ++i) {
+            s.grow(1, { 0 });
+        }
+        if (kv_used() != uint64_t(STEP)) {
+            to.fault("pages without cells are still in use after many decodes");
+        }
     };
     const outcome run = in_child(elastic, 120, work);
     const bool    ok  = ended_well(run, "look-ahead");

@@ -9,7 +9,8 @@ int check_memory(const environment & elastic);
 // under a tight limit: llama_decode returns 1, the context stays usable, a refused step leaves nothing
 int check_fault(const environment & elastic);
 
-// the cells after those in use are made ready; decodes that need no new cells leave the library alone
+// the cells after those in use are made ready; decodes that need no new cells leave the library alone; a new prompt takes
+// over the pages of the one before
 int check_ahead(const environment & elastic);
 
 // a page too few at the end of each step must be noticed by the schedule
