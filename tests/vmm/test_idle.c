@@ -7,6 +7,7 @@
 #include "context.h"
 
 #include <dirent.h>
+#include <sys/resource.h>
 
 static kvcached_ctx_t open_idle(uint32_t ms, hearing *h) {
   kvcached_options_t o;
@@ -222,6 +223,46 @@ TEST(idle, shutdown_does_not_wait) {
   }
   CHECK_LE(now_ms() - start, 5000);
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* their threads need more than a stack \
+                                                                     */
+static void *stay(void *arg) {
+  while (!atomic_load((atomic_int *)arg)) sleep_ms(1);
+  return NULL;
+}
+
+/* Without its thread the context does not open, and everything is undone. */
+TEST_HOST(idle, no_thread_to_be_had) {
+  enum { STACKS = 12 }; /* more than the C library keeps of threads that ended */
+  const char *path = scratch("threadless");
+  pthread_t t[STACKS];
+  atomic_int ends = 0;
+  for (int i = 1; i < STACKS; i++) CHECK(pthread_create(&t[i], NULL, stay, &ends) == 0);
+  kvcached_options_t o;
+  test_options(&o);
+  o.ledger_path = path;
+  o.flags = KVCACHED_NO_CONTROL;
+  o.idle_trim_ms = 1000;
+  kvcached_shutdown(open_with(&o)); /* its stack is kept */
+  CHECK(pthread_create(&t[0], NULL, stay, &ends) == 0);
+  kvcached_ctx_t ctx = (kvcached_ctx_t)1;
+  struct rlimit old, none;
+  CHECK(getrlimit(RLIMIT_DATA, &old) == 0);
+  none = old;
+  none.rlim_cur = 1;
+  CHECK(setrlimit(RLIMIT_DATA, &none) == 0);
+  int err = kvcached_open(&o, &ctx);
+  CHECK(setrlimit(RLIMIT_DATA, &old) == 0);
+  CHECK_IS(err, KVCACHED_E_SYSTEM);
+  CHECK_DETAIL("kvc-helper");
+  CHECK(ctx == NULL);
+  CHECK_EQ(live_slots(path), 0);
+  CHECK_EQ(fault_now().devices, 0);
+  atomic_store(&ends, 1);
+  for (int i = 0; i < STACKS; i++) pthread_join(t[i], NULL);
+  kvcached_shutdown(open_with(&o));
+}
+#endif
 
 /* ---- figures ---- */
 

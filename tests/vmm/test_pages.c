@@ -11,21 +11,17 @@ typedef struct model {
 
 static size_t slow_run(const model *m, size_t first, size_t end, int alike) {
   size_t i = first;
-  while (i < end && m->state[i] == m->state[first] &&
-         (!alike || m->stuck[i] == m->stuck[first]))
-    i++;
+  while (i < end && m->state[i] == m->state[first] && (!alike || m->stuck[i] == m->stuck[first])) i++;
   return i - first;
 }
 
-static size_t slow_find(const model *m, size_t first, size_t end,
-                        uint8_t state) {
-  while (first < end && m->state[first] != state)
-    first++;
+static size_t slow_find(const model *m, size_t first, size_t end, uint8_t state) {
+  while (first < end && m->state[first] != state) first++;
   return first;
 }
 
-static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max,
-                        size_t skip_first, size_t skip_end, size_t *first) {
+static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max, size_t skip_first,
+                        size_t skip_end, size_t *first) {
   for (size_t last = end; last > 0; last--) {
     size_t n = 0;
     while (n < max && n < last && m->state[last - 1 - n] == state &&
@@ -44,8 +40,7 @@ static void check_totals(const kvc_pages *p, const model *m) {
   for (size_t i = 0; i < N; i++) {
     count[m->state[i]]++;
     stuck += m->stuck[i];
-    if (m->state[i] != KVC_UNMAPPED)
-      top = i + 1;
+    if (m->state[i] != KVC_UNMAPPED) top = i + 1;
   }
   CHECK(memcmp(p->count, count, sizeof(count)) == 0);
   CHECK_EQ(p->top, top);
@@ -54,8 +49,7 @@ static void check_totals(const kvc_pages *p, const model *m) {
   CHECK(memcmp(p->stuck, m->stuck, N) == 0);
 }
 
-static void check_questions(const kvc_pages *p, const model *m,
-                            uint32_t *seed) {
+static void check_questions(const kvc_pages *p, const model *m, uint32_t *seed) {
   size_t a = next_random(seed) % N, b = a + next_random(seed) % (N - a + 1);
   uint8_t state = (uint8_t)(next_random(seed) % KVC_STATES);
   CHECK_EQ(kvc_pages_run(p, a, b), slow_run(m, a, b, 0));
@@ -63,17 +57,14 @@ static void check_questions(const kvc_pages *p, const model *m,
   CHECK_EQ(kvc_pages_find(p, a, b, state), slow_find(m, a, b, state));
 
   size_t count[KVC_STATES] = {0}, got[KVC_STATES];
-  for (size_t i = a; i < b; i++)
-    count[m->state[i]]++;
+  for (size_t i = a; i < b; i++) count[m->state[i]]++;
   kvc_pages_count(p, a, b, got);
   CHECK(memcmp(got, count, sizeof(count)) == 0);
 
-  size_t end = next_random(seed) % (N + 1), max = 1 + next_random(seed) % 20,
-         x = 0, y = 0;
+  size_t end = next_random(seed) % (N + 1), max = 1 + next_random(seed) % 20, x = 0, y = 0;
   size_t n = kvc_pages_last(p, state, end, max, a, b, &x);
   CHECK_EQ(n, slow_last(m, state, end, max, a, b, &y));
-  if (n)
-    CHECK_EQ(x, y);
+  if (n) CHECK_EQ(x, y);
 }
 
 TEST_HOST(pages, random_changes) {
@@ -83,16 +74,13 @@ TEST_HOST(pages, random_changes) {
   CHECK(kvc_pages_init(&p, N, 0) == 0);
   CHECK(p.handle == NULL);
   for (unsigned step = 0; step < rounds(20000); step++) {
-    size_t first = next_random(&seed) % N,
-           n = next_random(&seed) % (N - first + 1);
-    if (next_random(&seed) % 4)
-      n %= 9;
+    size_t first = next_random(&seed) % N, n = next_random(&seed) % (N - first + 1);
+    if (next_random(&seed) % 4) n %= 9;
     uint8_t state = (uint8_t)(next_random(&seed) % KVC_STATES);
     kvc_pages_set(&p, first, n, state);
     memset(m.state + first, state, n);
     memset(m.stuck + first, 0, n);
-    if (n > 0 && (state == KVC_IDLE || state == KVC_ASLEEP) &&
-        next_random(&seed) % 3 == 0) {
+    if (n > 0 && (state == KVC_IDLE || state == KVC_ASLEEP) && next_random(&seed) % 3 == 0) {
       size_t some = 1 + next_random(&seed) % n;
       kvc_pages_set_stuck(&p, first, some);
       memset(m.stuck + first, 1, some);
