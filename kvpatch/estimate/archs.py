@@ -31,8 +31,8 @@ CACHELESS = _names(
     llada llada-moe rnd1
     """
 )
-# Of those, the ones without an output matrix.
-ENCODERS = CACHELESS - {"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"}
+# No output matrix: encoders, and one that multiplies by the embeddings where they are.
+NO_OUTPUT = (CACHELESS - {"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"}) | {"bitnet"}
 # llama_hparams.causal_attn is false there: the batch is not limited by the context.
 NOT_CAUSAL = frozenset({"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"})
 
@@ -59,7 +59,26 @@ NEXTN = _names(
     nemotron_h nemotron_h_moe qwen35 qwen35moe qwen3next step35
     """
 )
-# Of those, the ones whose cache leaves these layers out; the others reserve cells for them all the same.
+# Of such layers, what is loaded all the same: llama.cpp creates these tensors without the flag that skips them.
+DRAFTING_LOADED = {
+    **dict.fromkeys(("deepseek2", "mistral4", "qwen35moe", "qwen3next"), _names("ffn_gate_up_exps")),
+    **dict.fromkeys(("deepseek32", "glm-dsa"), _names("exp_probs_b")),
+    "cohere2moe": _names("ffn_gate_up_exps nextn.embed_tokens nextn.shared_head_head nextn.shared_head_norm"),
+    "hy_v3": _names(
+        """
+        ffn_gate ffn_down ffn_up ffn_gate_inp exp_probs_b ffn_gate_exps ffn_down_exps ffn_up_exps ffn_gate_up_exps
+        ffn_gate_shexp ffn_up_shexp ffn_down_shexp nextn.embed_tokens nextn.shared_head_head nextn.shared_head_norm
+        """
+    ),
+    "step35": _names(
+        """
+        attn_q_norm attn_k_norm attn_gate ffn_gate ffn_down ffn_up ffn_gate_inp ffn_gate_exps ffn_down_exps ffn_up_exps
+        exp_probs_b ffn_gate_shexp ffn_up_shexp ffn_down_shexp nextn.embed_tokens nextn.shared_head_head
+        nextn.shared_head_norm
+        """
+    ),
+}
+# Of NEXTN, those whose cache leaves these layers out; the others reserve cells for them all the same.
 NEXTN_FILTERED = frozenset({"step35", "hy_v3", "mimo2", "glm-dsa", "deepseek32"})
 # Multi-head latent attention if key_length_mla and value_length_mla are set.
 MLA = frozenset({"deepseek2", "mistral4", "deepseek32", "glm-dsa", "kimi-linear", "kimi-k3"})
@@ -139,7 +158,7 @@ UNKNOWN = {
 # Where a file has no output matrix, others use the token embeddings; with these llama.cpp does not load it.
 NEVER_TIED = _names(
     """
-    apertus arwkv7 baichuan bailingmoe bailingmoe2 bitnet codeshell dbrx dots1 gptneox internlm2 jais kimi-k3
+    apertus arwkv7 baichuan bailingmoe bailingmoe2 codeshell dbrx dots1 gptneox internlm2 jais kimi-k3
     kimi-linear llada-moe mellum mimo2 minimax-m2 minimax-m3 muse-glimmer nemotron olmo2 olmoe gpt-oss orion
     phi2 phimoe plamo qwen qwen2moe rwkv6 rwkv6qwen2 rwkv7 stablelm step35 talkie xverse
     """

@@ -22,9 +22,10 @@ _INPUT = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.*)$")
 # Types whose matrices ggml-cuda does not multiply.
 _NOT_ON_CUDA = frozenset({"TQ1_0", "TQ2_0", "F64", "I8", "I16", "I32", "I64"})
-_SSM_SCAN = frozenset(
-    {"mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2"}
-)
+_KIMI = ("kimi-linear", "kimi-k3")
+# Whose ssm_a is taken for the operand of a scan; the two of kimi have no ssm.state_size, so ggml-cuda takes none of it.
+_MAMBA = ("mamba", "mamba2", "jamba", "falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe", "plamo2")
+_SSM_SCAN = frozenset((*_MAMBA, *_KIMI))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +94,15 @@ def _is_input(tensor: Tensor) -> bool:
 
 def _skipped(tensor: Tensor, model: Model) -> bool:
     block = _BLOCK.match(tensor.name)
-    return bool(model.nextn and block and int(block[1]) >= model.n_layer)
+    if not block or int(block[1]) < model.n_layer:
+        return False
+    stem = re.sub(r"\.(weight|bias|scale|input_scale)$", "", block[2])
+    return stem not in archs.DRAFTING_LOADED.get(model.arch, frozenset())
 
 
 def _tied(gguf: GgufModel, model: Model) -> Tensor | None:
     """The token embeddings, if they are the output matrix too."""
-    if gguf.has_tensor("output.weight") or model.arch in archs.ENCODERS:
+    if gguf.has_tensor("output.weight") or model.arch in archs.NO_OUTPUT:
         return None
     found = next((t for t in gguf.tensors if t.name == "token_embd.weight"), None)
     if found is None or model.arch in archs.NEVER_TIED:
@@ -121,6 +125,8 @@ def _on_cuda(tensor: Tensor, model: Model, gguf: GgufModel) -> bool:
 
 def _scans(tensor: Tensor, model: Model, gguf: GgufModel) -> bool:
     """ggml-cuda's condition on GGML_OP_SSM_SCAN."""
+    if model.arch in _KIMI:
+        return False
     rows, heads = tensor.shape[0], tensor.shape[1] if len(tensor.shape) > 1 else 1
     head_size = int(gguf.need("ssm.inner_size")) // heads
     if rows == 1:
