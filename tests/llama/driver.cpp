@@ -113,7 +113,8 @@ static int compare_all(const std::vector<std::string> & names, unsigned part, un
             for (const auto & [name, value] : res.figures) {
                 figures += (figures.empty() ? "" : ", ") + json(name) + ": " + std::to_string((long long) value);
             }
-            printf("{\"arch\": %s, \"config\": %s, \"status\": %s, \"why\": %s, \"values\": %zu, \"left_out\": {%s}, \"figures\": {%s}}\n",
+            printf("{\"arch\": %s, \"config\": %s, \"status\": %s, \"why\": %s, \"values\": %zu, \"left_out\": {%s}, "
+                   "\"figures\": {%s}}\n",
                    json(which.name).c_str(), json(config.name).c_str(), json(res.status).c_str(), json(res.why).c_str(),
                    res.values, left_out.c_str(), figures.c_str());
             fflush(stdout);
@@ -138,14 +139,17 @@ int main(int argc, char ** argv) {
     for (int i = 2; i < argc; ++i) {
         if (strcmp(argv[i], "--arch") == 0 && i + 1 < argc) {
             names.push_back(argv[++i]);
-        } else if (strcmp(argv[i], "--part") == 0 && i + 1 < argc && sscanf(argv[i + 1], "%u/%u", &part, &parts) == 2 && part < parts) {
+        } else if (strcmp(argv[i], "--part") == 0 && i + 1 < argc && sscanf(argv[i + 1], "%u/%u", &part, &parts) == 2 &&
+                   part < parts) {
             ++i;
         } else {
             return usage(argv[0]);
         }
     }
     const std::string ledger  = P_tmpdir "/kvcached-archs-" + std::to_string(getpid());
-    const environment elastic = { { "OLLAMA_KVCACHED_ENABLED", "1" }, { "KVCACHED_LEDGER", ledger }, { "KVCACHED_PAGE_SIZE", "4096" } };
+    const environment elastic = {
+        { "OLLAMA_KVCACHED_ENABLED", "1" }, { "KVCACHED_LEDGER", ledger }, { "KVCACHED_PAGE_SIZE", "4096" },
+    };
     int res = 2;
     if (what == "compare") {
         res = compare_all(names, part, parts, elastic);

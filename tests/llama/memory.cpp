@@ -97,8 +97,10 @@ int check_memory(const environment & elastic) {
             continue;
         }
         const double full = stock.figures.at("context"), part = ours.figures.at("kv"), said = ours.figures.at("context");
-        const bool   ok   = part > 0 && part < 0.1*full && said <= part && said > part - PAGE; // recurrent state ends within a page
-        printf("{\"check\": %s, \"arch\": %s, \"ok\": %s, \"stock\": %.0f, \"mapped\": %.0f, \"reported\": %.0f, \"percent\": %.2f}\n",
+        // recurrent state ends within a page
+        const bool   ok   = part > 0 && part < 0.1*full && said <= part && said > part - PAGE;
+        printf("{\"check\": %s, \"arch\": %s, \"ok\": %s, \"stock\": %.0f, \"mapped\": %.0f, \"reported\": %.0f, "
+               "\"percent\": %.2f}\n",
                json(kind).c_str(), json(arch).c_str(), ok ? "true" : "false", full, part, said, 100*part/full);
         all = all && ok;
     }
