@@ -136,7 +136,7 @@ class disturber {
         } else if (before.kind[1] < weights) {
             to.fault("of " + std::to_string(weights) + " bytes of weights " + std::to_string(before.kind[1]) + " were elastic");
         } else if (after.asleep < before.kind[1]) {
-            to.fault("only " + std::to_string(after.asleep) + " of " + std::to_string(before.kind[1]) + " bytes of weights sleep");
+            to.fault("only " + std::to_string(after.asleep) + " of " + std::to_string(before.kind[1]) + " weight bytes sleep");
         }
         to.figure("weights slept", double(before.kind[1]));
         to.figure("slept", double(after.asleep));
