@@ -110,10 +110,13 @@ def _life(setup: Setup, plan: Plan, name: str, found: _Found, report: Report) ->
 
 def _mapped(setup: Setup, plan: Plan, one: Client, found: _Found, report: Report) -> None:
     mapped = one.mapped()
-    for kind in ("kv", "weights", "compute"):
-        found.add(f"mapped: {kind}", "on", mapped.get(kind, 0))
-    found.add("mapped ahead", "on", mapped.get("ready", 0))
-    found.add("to copy", "on", mapped.get("kv", 0) + mapped.get("weights", 0))
+    # What look-ahead made ready is KV, counts as mapped, and holds nothing that sleep would have to keep.
+    used = mapped["kv"] - mapped["ready"]
+    found.add("KV in use", "on", used)
+    found.add("KV mapped ahead", "on", mapped["ready"])
+    found.add("weights", "on", mapped["weights"])
+    found.add("compute", "on", mapped["compute"])
+    found.add("to copy", "on", used + mapped["weights"])
     shape = setup.model.shape
     if shape is None or any(b.name.startswith("KV") for b in report.bounds):
         return
@@ -121,16 +124,8 @@ def _mapped(setup: Setup, plan: Plan, one: Client, found: _Found, report: Report
     read = -(-plan.tokens // STEP_CELLS) * STEP_CELLS
     least = _bytes_of(shape, read, page)
     ahead = _bytes_of(shape, min(plan.context, _next_step(read, page_cells(setup, [one]))), page)
-    report.at_most(
-        "KV mapped", mapped["kv"], least, "bytes", f"the page steps that {plan.tokens} tokens need"
-    )
-    report.at_most(
-        "KV mapped and made ready ahead",
-        mapped["kv"] + mapped.get("ready", 0),
-        ahead,
-        "bytes",
-        "and the next step",
-    )
+    report.at_most("KV in use", used, least, "bytes", f"the page steps that {plan.tokens} tokens need")
+    report.at_most("KV mapped", mapped["kv"], ahead, "bytes", "and the step that look-ahead makes ready")
 
 
 def _next_step(read: int, page: int) -> int:
@@ -156,15 +151,7 @@ def _wake(one: Client, whole: list[int], found: _Found, name: str) -> None:
     found.add("prompt tokens after sleep", "on", answer.prompt_n)
 
 
-_MEMORY = (
-    "after load",
-    "with tokens",
-    "mapped: kv",
-    "mapped ahead",
-    "mapped: weights",
-    "mapped: compute",
-    "asleep",
-)
+_MEMORY = ("after load", "with tokens", "KV in use", "KV mapped ahead", "weights", "compute", "asleep")
 
 
 def _show(report: Report, found: _Found, rates: list[float]) -> None:
@@ -212,7 +199,7 @@ def _show(report: Report, found: _Found, rates: list[float]) -> None:
         f"{WAKE_RATIO} x {copied / 1e9:.3f} GB at {statistics.median(rates) / 1e9:.1f} GB/s + stock's first token",
     )
     report.notes.append(
-        "to copy: KV and weights that were mapped; asleep: the process by the driver's list of processes"
+        "to copy: KV in use and weights; after load, with tokens, asleep: what the driver says a process holds"
         if report.facts.get("on") == "cuda"
-        else "to copy: KV and weights that were mapped; on a CPU what sleeps is kept in the same memory"
+        else "to copy: KV in use and weights; on a CPU what sleeps is kept in the same memory"
     )

@@ -91,7 +91,7 @@ compile() {
   cmake --build "$build/build" --target llama-server --parallel "$jobs" || return 1
   rm -rf "${build:?}/$1"
   mkdir -p "$build/$1/bin"
-  cp -a "$build/build/bin/llama-server" "$build"/cmake/bin/*.so* "$build/$1/bin/" || return 1
+  cp -a "$build/build/bin/llama-server" "$build"/build/bin/*.so* "$build/$1/bin/" || return 1
   strip --strip-unneeded "$build/$1"/bin/llama-server "$build/$1"/bin/*.so 2>/dev/null
   echo "== $1: $((SECONDS - began)) s, $(du -sh "$build/$1" | cut -f1)"
 }
@@ -101,34 +101,22 @@ stage_build() {
   if [ ! -e "$build/stock/kvpatch.json" ]; then
     if [ ! -e "$build/llama.cpp/CMakeLists.txt" ]; then
       mkdir -p "$build/llama.cpp"
-      tar -xJf "$SOURCE/llama.cpp.tar.xz" -C "$build/llama.cpp" || return 1
+      "$python" "$here/llama_install.py" unpack "$SOURCE/llama.cpp.tar.xz" "$build/llama.cpp" || return 1
     fi
     [ -e "$build/build/build.ninja" ] || configure || return 1
     compile stock || return 1
     "$python" "$here/llama_install.py" manifest "$SOURCE/source.json" "$build/stock" stock || return 1
   fi
-  # New times, so that exactly what changed is built again.
-  tar -xJmf "$SOURCE/patched.tar.xz" -C "$build/llama.cpp" || return 1
+  # The new files have the time of now, so exactly what they change is built again.
+  "$python" "$here/llama_install.py" unpack "$SOURCE/patched.tar.xz" "$build/llama.cpp" || return 1
   cmake "$build/build" >/dev/null || return 1 # new source files are found by globbing
   compile patched || return 1
   (cd "$root/vmm" && cc -std=c11 -O2 -fPIC -fvisibility=hidden -shared -Wl,-soname,libkvcached.so -Iinclude \
     -o "$build/patched/bin/libkvcached.so" src/*.c -lpthread -ldl) || return 1
   "$python" "$here/llama_install.py" manifest "$SOURCE/source.json" "$build/patched" patched || return 1
-  pack
-  echo "ok: built in $((SECONDS - began)) s"
-}
-
-# Most of the two builds is the same bytes: one archive with a window larger than both.
-pack() {
-  rm -f "$out"/bins.tar.xz.*
-  (cd "$build" && tar -c stock patched) | xz -T1 --lzma2=preset=1,dict=768MiB | split -b 15m -d -a 1 - "$out/bins.tar.xz."
-  [ "${PIPESTATUS[*]}" = "0 0 0" ] || return 1
+  "$python" "$here/llama_install.py" pack "$build" "$out" stock patched || return 1
   ls -l "$out"/bins.tar.xz.*
-}
-
-unpack() {
-  echo "unpacking $BINS"
-  cat "$BINS"/bins.tar.xz.* | xz -d --memlimit=2GiB | tar -x -C "$build"
+  echo "ok: built in $((SECONDS - began)) s"
 }
 
 # ---- the others ----
@@ -248,7 +236,7 @@ run_stage() {
 
 prepare_python || exit 1
 if [ -n "${BINS:-}" ] && [ ! -e "$build/patched/kvpatch.json" ]; then
-  unpack || exit 1
+  "$python" "$here/llama_install.py" join "$BINS" "$build" || exit 1
 fi
 echo "== ready after $((SECONDS - began)) s"
 for stage in $all_stages; do

@@ -3,17 +3,51 @@
 
   llama_install.py flags                               one CMake flag a line
   llama_install.py manifest SOURCE.json DIR stock|patched
+  llama_install.py unpack ARCHIVE DIR                  files get the time of now, so that a build sees them as changed
+  llama_install.py pack DIR OUT FOLDER...              folders of DIR into OUT/bins.tar.xz.0, .1, ...
+  llama_install.py join BINS DIR                       and back
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import lzma
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 from kvpatch import manifest
 from kvpatch.stages import compile as compile_stage
 from kvpatch.stages import output
+
+_NAME = "bins.tar.xz"
+_PART = 15 << 20
+# Most of two builds is the same bytes: one archive, with a window larger than both.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 512 << 20}]
+
+
+def pack(folder: Path, out: Path, names: list[str]) -> None:
+    for old in out.glob(f"{_NAME}.*"):
+        old.unlink()
+    whole = out / f"{_NAME}.whole"
+    with lzma.open(whole, "wb", filters=_FILTERS) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+        for name in names:
+            tar.add(folder / name, name)
+    with whole.open("rb") as file:
+        for number in itertools.count():
+            part = file.read(_PART)
+            if not part:
+                break
+            (out / f"{_NAME}.{number}").write_bytes(part)
+    whole.unlink()
+
+
+def _now(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.mtime = time.time()
+    return member
 
 
 def main(words: list[str]) -> int:
@@ -37,6 +71,19 @@ def main(words: list[str]) -> int:
             "smoke": None,
         }
         manifest.write(facts, folder)
+        return 0
+    if words[:1] == ["unpack"] and len(words) == 3:
+        with tarfile.open(words[1]) as tar:
+            tar.extractall(words[2], members=(_now(member) for member in tar), filter="data")
+        return 0
+    if words[:1] == ["pack"] and len(words) > 3:
+        pack(Path(words[1]), Path(words[2]), words[3:])
+        return 0
+    if words[:1] == ["join"] and len(words) == 3:
+        parts = sorted(Path(words[1]).glob(f"{_NAME}.*"))
+        data = b"".join(part.read_bytes() for part in parts)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(words[2], filter="data")
         return 0
     sys.stderr.write(__doc__ or "")
     return 2
