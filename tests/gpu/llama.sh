@@ -64,7 +64,7 @@ began=$SECONDS
 # ---- Python: what the machine has, and the wheels that were carried for the rest ----
 
 export PYTHONPATH="$root:$build/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-export GIT_PYTHON_REFRESH=quiet KVPATCH_CACHE=$build/cache
+export GIT_PYTHON_REFRESH=quiet KVPATCH_CACHE=${KVPATCH_CACHE:-$build/cache}
 prepare_python() {
   if [ ! -d "$build/site" ] && [ -d "${SOURCE:-/nonexistent}/whl" ]; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
@@ -98,6 +98,12 @@ compile() {
 
 stage_build() {
   [ -n "${SOURCE:-}" ] || { echo "SOURCE is not set"; return 1; }
+  # Writing the large model takes one processor and the disk: meanwhile the others compile.
+  local model=""
+  if [ -z "$fake" ]; then
+    "$python" "$here/llama_install.py" model 8b &
+    model=$!
+  fi
   if [ ! -e "$build/stock/kvpatch.json" ]; then
     if [ ! -e "$build/llama.cpp/CMakeLists.txt" ]; then
       mkdir -p "$build/llama.cpp"
@@ -116,6 +122,7 @@ stage_build() {
   "$python" "$here/llama_install.py" manifest "$SOURCE/source.json" "$build/patched" patched || return 1
   "$python" "$here/llama_install.py" pack "$build" "$out" stock patched || return 1
   ls -l "$out"/bins.tar.xz.*
+  [ -z "$model" ] || wait "$model" || return 1
   echo "ok: built in $((SECONDS - began)) s"
 }
 

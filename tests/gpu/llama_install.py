@@ -6,6 +6,7 @@
   llama_install.py unpack ARCHIVE DIR                  files get the time of now, so that a build sees them as changed
   llama_install.py pack DIR OUT FOLDER...              folders of DIR into OUT/bins.tar.xz.0, .1, ...
   llama_install.py join BINS DIR                       and back
+  llama_install.py model SHAPE                         writes a model where the stages look for it
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 from kvpatch import manifest
+from kvpatch.bench import models
 from kvpatch.stages import compile as compile_stage
 from kvpatch.stages import output
 
@@ -84,6 +86,11 @@ def main(words: list[str]) -> int:
         data = b"".join(part.read_bytes() for part in parts)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             tar.extractall(words[2], filter="data")
+        return 0
+    if words[:1] == ["model"] and len(words) == 2:
+        began = time.monotonic()
+        made = models.ensure(models.folder(), models.shape_named(words[1]))
+        sys.stdout.write(f"{made.path}: {made.bytes} bytes in {time.monotonic() - began:.1f} s\n")
         return 0
     sys.stderr.write(__doc__ or "")
     return 2
