@@ -30,7 +30,7 @@ SLOTS = {"unified": ("--kv-unified",), "split": ("--no-kv-unified",)}
 # Weights that are mapped from the file are the page cache's, and do not sleep.
 IN_MEMORY = ("--load-mode", "none")
 COMMANDS = ("trim", "sleep", "wake")
-ENDED = "This request was ended to keep within the memory limit: "
+ENDED = "This request was ended for want of memory: "
 GB = 10.0**9
 # What other requests are in the batch, and where cells lie, changes the order in which the CPU adds up: the stock
 # server's log-probabilities move by up to 0.014 from run to run, and with them tokens that were nearly as likely.
