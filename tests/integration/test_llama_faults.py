@@ -1,5 +1,5 @@
-"""Memory calls of libkvcached fail under a running server, each one in turn: the server lives on, answers right or 503,
-and once calls succeed again everything is as before, by the ledger and by the kernel.
+"""Memory calls of libkvcached fail under a running server, each one in turn: the server lives on, answers
+right or 503, and once calls succeed again everything is as before, by the ledger and by the kernel.
 
 tests/faults/failing_calls.c is preloaded and makes them fail."""
 
@@ -138,7 +138,7 @@ def life(side: Side) -> list[Any]:
     return [operation(side) for operation in OPERATIONS]
 
 
-@pytest.mark.parametrize("call", list(Call))
+@pytest.mark.parametrize("call", [Call.MPROTECT, Call.MADVISE])
 def test_each_failing_call_costs_one_answer_at_most(
     pair: Pair, tmp_path: Path, shim: Path, faults: Faults, call: Call
 ) -> None:
@@ -178,22 +178,45 @@ def test_each_failing_call_costs_one_answer_at_most(
                 assert side.ask(250, 2, 12) == follow_up, tried[-1]
 
     pair.run(PATCHED, WORDS, scenario, **env(tmp_path, shim))
-    # Growing on the host is a change of access and filling; sleeping makes and gives back host memory.
-    operations = {name for name, _, _ in tried}
-    assert (
-        operations
-        >= {
-            Call.MMAP: {"sleep"},
-            Call.MUNMAP: set(),
-            Call.MPROTECT: {"grow", "sleep", "wake", "trim"},
-            Call.MADVISE: {"grow", "sleep", "wake", "trim"},
-        }[call]
-    )
+    assert {name for name, _, _ in tried} == {operation.__name__ for operation in OPERATIONS}
+
+
+def test_no_host_memory_for_a_sleep(pair: Pair, tmp_path: Path, shim: Path, faults: Faults) -> None:
+    """A sleep of more than slept before needs host memory. Without it nothing sleeps and nothing is lost."""
+    lengths = (100, 900, 1800, 3000)
+    statuses: list[int] = []
+
+    def stock(side: Side) -> list[Any]:
+        return [side.ask(length, 1, 8) for length in lengths]
+
+    expected, _ = pair.run(STOCK, WORDS, stock)
+
+    def scenario(side: Side) -> None:
+        for length, answer in zip(lengths, expected, strict=True):
+            assert side.ask(length, 1, 8) == answer
+            before = side.held()
+            faults.set(Call.MMAP, 1, again=1)
+            statuses.append(command(side, "sleep"))
+            faults.clear()
+            if statuses[-1] != 200:
+                now = side.held()
+                assert (now.weights, now.compute, now.asleep) == (before.weights, before.compute, 0)
+                assert now.kv >= before.kv - before.idle
+                side.sleep()
+            assert side.held().asleep > 0
+
+    pair.run(PATCHED, WORDS, scenario, **env(tmp_path, shim))
+    assert faults.failures(Call.MMAP) > 0
+    assert any(status != 200 for status in statuses), statuses
 
 
 @pytest.mark.parametrize("again", [3, 7])
-def test_calls_that_keep_failing(pair: Pair, tmp_path: Path, shim: Path, faults: Faults, again: int) -> None:
-    """Many in a row, also those that undo others. The figures hold once calls succeed again."""
+@pytest.mark.parametrize("call", [Call.MPROTECT, Call.MADVISE])
+def test_calls_that_keep_failing(
+    pair: Pair, tmp_path: Path, shim: Path, faults: Faults, call: Call, again: int
+) -> None:
+    """Many in a row. A decode that found no room is tried again in smaller batches, so that log-probabilities
+    of answers meanwhile may differ in rounding; those after are equal, and the figures are as before."""
     prompts = [(60 + 90 * number % 1000, 10 + number % 5, 8) for number in range(16)]
 
     def stock(side: Side) -> list[Any]:
@@ -204,28 +227,26 @@ def test_calls_that_keep_failing(pair: Pair, tmp_path: Path, shim: Path, faults:
         return answers
 
     expected, _ = pair.run(STOCK, WORDS, stock)
-    statuses: list[Any] = []
+    statuses: list[int] = []
 
     def scenario(side: Side) -> None:
         before = clean(side)
         for number, prompt in enumerate(prompts):
-            faults.set(Call.MPROTECT, 1 + number % again, again=again)
-            faults.set(Call.MADVISE, 1 + number % again, again=again + 1)
+            faults.set(call, 1 + number % again, again=again)
             side.slot(0, "erase")
             answer = side.ask(*prompt)
             command(side, ("sleep", "trim")[number % 2])
             faults.clear()
             statuses.append(answer if isinstance(answer, int) else 200)
-            assert answer in (expected[number], 503)
+            if answer != 503:
+                assert answer[0] == expected[number][0], number
+                assert answer[1] == pytest.approx(expected[number][1], abs=0.05), number
             side.slot(0, "erase")
-            assert side.ask(*prompt) == expected[number]
+            assert side.ask(*prompt) == expected[number], number
         now = clean(side)
-        assert (now.kv, now.weights, now.compute, now.charge) == (
-            before.kv,
-            before.weights,
-            before.compute,
-            before.charge,
-        )
+        assert (now.kv, now.weights, now.compute) == (before.kv, before.weights, before.compute)
+        assert now.charge == before.charge
 
     pair.run(PATCHED, WORDS, scenario, **env(tmp_path, shim))
-    assert faults.failures(Call.MPROTECT) + faults.failures(Call.MADVISE) > len(prompts)
+    assert faults.failures(call) > len(prompts)
+    assert 200 in statuses
