@@ -257,5 +257,5 @@ done
 } | tee "$out/summary.txt"
 printf '{"stages": [%s], "seconds": %d}\n' "${json%,}" $((SECONDS - began)) >"$out/summary.json"
 # Slot files and models are large and say nothing.
-(cd "$build" && tar -czf "$out/results.tar.gz" --exclude='*.gguf' --exclude=slots --exclude='ledger*' results)
+(cd "$build" && tar -czf "$out/results.tar.gz" --exclude='*.gguf' --exclude=slots --exclude='slot-*' --exclude='ledger*' results)
 exit $failed
