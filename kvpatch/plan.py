@@ -7,6 +7,7 @@ the stages (see pipeline.py) are computed from it alone.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,10 @@ from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 from kvpatch.sources.sdist import file_version as sdist_version
 from kvpatch.stages import output
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu", "cuda")
+CUDA = "cuda"
+# What CMake's CMAKE_CUDA_ARCHITECTURES takes.
+_CUDA_ARCH = re.compile(r"\d{2,3}[af]?(-real|-virtual)?|native|all|all-major")
 SDIST = "sdist"
 STOCK = "stock"
 Kind = Literal["ollama", "llama.cpp"]
@@ -27,7 +31,8 @@ PinStatus = Literal["pinned", "tag", "verified", "mismatch"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the user asked for. Neither `ollama` nor `llama_cpp`: the default release of Ollama."""
+    """What the user asked for. Neither `ollama` nor `llama_cpp`: the default release of Ollama. The CPU backend is
+    always built; no `cuda_arch`: what upstream itself compiles for."""
 
     out: Path
     ollama: str | None = None
@@ -35,6 +40,7 @@ class Request:
     ollama_source: str | None = None
     llama_cpp_source: str | None = None
     backend: tuple[str, ...] = ("cpu",)
+    cuda_arch: tuple[str, ...] = ()
     stock: bool = False
     jobs: int | None = None
     cache: Path | None = None
@@ -63,6 +69,7 @@ class Plan:
     series_id: str
     tools: tuple[toolchain.Tool, ...]
     backend: tuple[str, ...]
+    cuda_arch: tuple[str, ...]
     stock: bool
     jobs: int
     out: Path
@@ -100,6 +107,11 @@ class Plan:
         """The tool called `name`; planning made sure that it is there."""
         return next(tool for tool in self.tools if tool.name == name)
 
+    @property
+    def cuda(self) -> toolchain.Tool | None:
+        """The compiler for CUDA when that backend is built."""
+        return self.tool(toolchain.NVCC.name) if CUDA in self.backend else None
+
     def to_json(self) -> dict[str, Any]:
         """The plan for `--plan --json` and for the lock file: no path of this machine in what decides the result."""
         return {
@@ -115,6 +127,7 @@ class Plan:
             },
             "tools": {tool.name: tool.version for tool in self.tools},
             "backend": list(self.backend),
+            **({"cuda_arch": list(self.cuda_arch)} if CUDA in self.backend else {}),
             "kvpatch": __version__,
         }
 
@@ -155,6 +168,8 @@ def make(request: Request, *, progress: Progress) -> Plan:
         known.release(request.ollama or known.default_ollama)
     # Before anything is fetched: a missing compiler should not be found out after minutes of download.
     needed = toolchain.OLLAMA if request.llama_cpp is None else toolchain.LLAMA_CPP
+    if CUDA in request.backend:
+        needed = (*needed, toolchain.NVCC)
     tools = tuple(toolchain.ensure(requirement, cache / "tools", progress=progress) for requirement in needed)
 
     release = None
@@ -192,7 +207,8 @@ def make(request: Request, *, progress: Progress) -> Plan:
         ollama_patches=(),
         series_id=STOCK,
         tools=tools,
-        backend=tuple(sorted(set(request.backend))),
+        backend=tuple(sorted({"cpu", *request.backend})),
+        cuda_arch=tuple(dict.fromkeys(request.cuda_arch)),
         stock=request.stock,
         jobs=request.jobs or len(os.sched_getaffinity(0)),
         out=request.out.expanduser().absolute(),
@@ -236,7 +252,15 @@ def _check(request: Request) -> None:
         if backend not in BACKENDS:
             raise UsageError(
                 f"backend {backend!r} cannot be built by this version of kvpatch; it builds: {', '.join(BACKENDS)}",
-                hint="the hooks do not use libkvcached's CUDA pages yet, so a CUDA build would not be elastic",
+                hint="elastic memory is there for CUDA and for the CPU; leave --backend out for the latter",
+            )
+    if request.cuda_arch and CUDA not in request.backend:
+        raise UsageError("--cuda-arch has no meaning without --backend cuda", hint="add --backend cuda")
+    for arch in request.cuda_arch:
+        if not _CUDA_ARCH.fullmatch(arch):
+            raise UsageError(
+                f"--cuda-arch {arch!r} is not an architecture",
+                hint="give a compute capability without the point, once for each: --cuda-arch 90 --cuda-arch 120a",
             )
     output.check_replaceable(request.out.expanduser().absolute())
     if request.jobs is not None and request.jobs < 1:

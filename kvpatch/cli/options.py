@@ -40,7 +40,21 @@ LlamaCppSourceOption = Annotated[
         "llama-cpp-python source distribution.",
     ),
 ]
-BackendOption = Annotated[list[str] | None, typer.Option("--backend", help="What to build for: cpu.")]
+BackendOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend", metavar="NAME", help="What to build for: cpu (always built), cuda (with a CUDA toolkit)."
+    ),
+]
+CudaArchOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cuda-arch",
+        metavar="ARCH",
+        help="With --backend cuda: compile for this compute capability (90, 120a, native); may be repeated "
+        "(default: upstream's own list).",
+    ),
+]
 StockOption = Annotated[
     bool, typer.Option("--stock", help="Leave everything unpatched: the reference to compare with.")
 ]

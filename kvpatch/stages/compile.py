@@ -12,6 +12,8 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+from packaging.version import Version
+
 from kvpatch import library, process
 from kvpatch.errors import CompileError
 from kvpatch.library import LIBRARY
@@ -43,10 +45,17 @@ LLAMA_CPP_FLAGS = (
     "-DCMAKE_INSTALL_RPATH=$ORIGIN",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
 )
-# No GPU backend named: every x86 variant of the CPU backend, loaded at run time, as in upstream's release.
+# Backends that are loaded at run time, so that the same binaries start on a machine without a driver. Upstream allows
+# that only for code that is not made for the compiling machine, and then has a list of CUDA architectures of its own.
+CUDA_FLAGS = (
+    "-DGGML_CUDA=ON",
+    "-DGGML_BACKEND_DL=ON",
+    "-DGGML_CPU_ALL_VARIANTS=ON",
+    "-DGGML_NATIVE=OFF",
+)
+# Every x86 variant of the CPU backend, loaded at run time, as in upstream's release; GPU backends are named beside it.
 OLLAMA_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
-    "-DOLLAMA_LLAMA_BACKENDS=",
     "-DOLLAMA_MLX_BACKENDS=",
     "-DGGML_CCACHE=OFF",
 )
@@ -58,12 +67,26 @@ def inputs(context: Context) -> dict[str, object]:
     """What the result depends on besides the trees: flags, tools, and how they are called."""
     plan = context.plan
     return {
-        "flags": OLLAMA_FLAGS if plan.ollama else LLAMA_CPP_FLAGS,
+        "flags": flags(plan),
         "library": [*library.FLAGS, *library.LINKED],
         "cgo": CGO_FLAGS if plan.ollama else None,
         "tools": {tool.name: tool.version for tool in plan.tools},
         "version": plan.release.semver if plan.release else None,
     }
+
+
+def flags(plan: Plan) -> tuple[str, ...]:
+    """What the build is configured with, paths of this machine left out."""
+    chosen: tuple[str, ...] = LLAMA_CPP_FLAGS
+    if plan.ollama is not None:
+        # Ollama names its backend by the toolkit's major version, and has a preset for each.
+        name = f"cuda_v{Version(plan.cuda.version).major}" if plan.cuda is not None else ""
+        chosen = (*OLLAMA_FLAGS, f"-DOLLAMA_LLAMA_BACKENDS={name}")
+    elif plan.cuda is not None:
+        chosen = (*(flag for flag in chosen if not flag.startswith("-DGGML_NATIVE=")), *CUDA_FLAGS)
+    if plan.cuda_arch:
+        chosen = (*chosen, f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(plan.cuda_arch)}")
+    return chosen
 
 
 def run(context: Context) -> Value:
@@ -109,15 +132,28 @@ def environment(context: Context) -> dict[str, str]:
         # A work tree below a user's repository must not be taken for part of it.
         "GIT_CEILING_DIRECTORIES": str(plan.workspace),
     }
+    if plan.cuda is not None:
+        # Nested builds find the toolkit by these; the compiler says the prefix map to its host compiler.
+        env |= {
+            "CUDACXX": str(plan.cuda.path),
+            "CUDAToolkit_ROOT": str(_toolkit(plan.cuda.path)),
+            "CUDAFLAGS": f"-Xcompiler={prefix}",
+        }
     if plan.compiler_cache is not None:
         launcher = str(plan.compiler_cache.path)
         env |= {
             "CMAKE_C_COMPILER_LAUNCHER": launcher,
             "CMAKE_CXX_COMPILER_LAUNCHER": launcher,
+            **({"CMAKE_CUDA_COMPILER_LAUNCHER": launcher} if plan.cuda is not None else {}),
             "CCACHE_BASEDIR": str(plan.workspace),
             "CCACHE_NOHASHDIR": "1",
         }
     return env
+
+
+def _toolkit(nvcc: Path) -> Path:
+    # A link (update-alternatives, conda) leads to the toolkit; its libraries are beside the real bin folder.
+    return nvcc.resolve().parent.parent
 
 
 def _epoch(day: str) -> int:
@@ -148,7 +184,7 @@ def configure_ollama(plan: Plan, build_dir: Path) -> list[str | Path]:
         "-G",
         "Ninja",
         f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
-        *OLLAMA_FLAGS,
+        *flags(plan),
         f"-DFETCHCONTENT_SOURCE_DIR_LLAMA_CPP={plan.workspace / 'llama.cpp'}",
         f"-DOLLAMA_GO_OUTPUT={build_dir / 'go' / 'ollama'}",
         f"-DGO_EXECUTABLE={plan.tool('go').path}",
@@ -189,7 +225,8 @@ def _llama_cpp(context: Context) -> None:
             "-G",
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={plan.tool('ninja').path}",
-            *LLAMA_CPP_FLAGS,
+            *flags(plan),
+            *_rpath(plan),
             *_build_info(context),
         ],
     )
@@ -220,6 +257,13 @@ def _ollama(context: Context) -> None:
     )
     for command in build_ollama(plan, context.build_dir, context.staging_dir):
         _cmake(context, command)
+
+
+def _rpath(plan: Plan) -> list[str]:
+    # The toolkit's libraries are not copied: the binaries look for them in it, after their own folder.
+    if plan.cuda is None:
+        return []
+    return [f"-DCMAKE_INSTALL_RPATH=$ORIGIN;{_toolkit(plan.cuda.path) / 'lib64'}"]
 
 
 def _build_info(context: Context) -> list[str]:

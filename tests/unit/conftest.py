@@ -40,6 +40,7 @@ def make_plan(tmp_path: Path) -> Callable[..., Plan]:
         series_id="0a1b2c3d",
         tools=(Tool(name="cc", path=Path("/usr/bin/cc"), version="12.0", origin="PATH"),),
         backend=("cpu",),
+        cuda_arch=(),
         stock=False,
         jobs=1,
         out=tmp_path / "out",

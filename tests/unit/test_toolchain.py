@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -117,3 +118,24 @@ def test_a_tool_without_a_wheel_gives_advice(on_path: Path, tmp_path: Path) -> N
 def test_the_real_tools_tell_their_version(requirement: toolchain.Requirement) -> None:
     tool, reason = toolchain.probe(requirement)
     assert tool is not None, reason
+
+
+def test_nvcc_tells_its_version_in_a_line_with_years_and_companies(on_path: Path) -> None:
+    nvcc = dataclasses.replace(toolchain.NVCC, candidates=("nvcc",))
+    told = "Copyright (c) 2005-2025 NVIDIA Corporation\\nCuda compilation tools, release 12.8, V12.8.93"
+    program(on_path / "nvcc", told)
+    tool, reason = toolchain.probe(nvcc)
+    assert tool is not None, reason
+    assert tool.version == "12.8"
+    program(on_path / "nvcc", told.replace("12.8", "11.8"))
+    assert toolchain.probe(nvcc) == (None, f"{on_path / 'nvcc'} is 11.8, older than 12")
+
+
+def test_a_missing_cuda_toolkit_is_not_installed_but_explained(on_path: Path, tmp_path: Path) -> None:
+    nvcc = dataclasses.replace(toolchain.NVCC, candidates=("nvcc",))
+    with pytest.raises(ToolchainError, match="nvcc >= 12 is needed for --backend cuda") as caught:
+        toolchain.ensure(nvcc, tmp_path / "tools")
+    assert caught.value.exit_code == 3
+    assert caught.value.hint is not None
+    assert "CUDA toolkit" in caught.value.hint
+    assert not (tmp_path / "tools").exists()

@@ -22,7 +22,9 @@ class TestExitCodes:
         ("argv", "code", "expected"),
         [
             (["build", "--no-such-option"], 2, "No such option"),
-            (["build", "--backend", "cuda"], 2, "cannot be built by this version"),
+            (["build", "--backend", "metal"], 2, "cannot be built by this version"),
+            (["build", "--cuda-arch", "90"], 2, "no meaning without --backend cuda"),
+            (["build", "--backend", "cuda", "--cuda-arch", "sm_90"], 2, "is not an architecture"),
             (["build", "--ollama", "v0.32.15", "--llama-cpp", "b1"], 2, "two different things"),
             (["build", "--jobs", "0"], 2, "at least 1"),
             (["build", "--ollama", "v9.9.9"], 4, "v9.9.9 is not a release"),

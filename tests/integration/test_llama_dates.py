@@ -1,0 +1,83 @@
+"""The llama.cpp series on every date that pins.toml names: applied hook by hook; where claimed, built and smoked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvpatch import paths, pins
+from kvpatch.patching import Verdict, load_series
+from tests.integration.conftest import Kvpatch
+
+DATA = paths.data_dir()
+KNOWN = pins.load(DATA / "patches" / "pins.toml")
+SERIES = load_series(DATA / "patches" / "llama.cpp")
+CLAIMED = [sdist for sdist in KNOWN.sdists if sdist.status == "built"]
+
+
+def held(sdist: pins.Sdist, cache: Path) -> Path | None:
+    """The source distribution's file, where it was put for the tests or fetched before."""
+    name = f"llama_cpp_python-{sdist.version}.tar.gz"
+    folders = [cache / "sources" / "sdists"]
+    if (given := os.environ.get("KVPATCH_SDISTS")) is not None:
+        folders.insert(0, Path(given))
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def test_enough_dates_are_claimed() -> None:
+    assert len(CLAIMED) >= 6
+    assert CLAIMED[0].date < "2026-04-30"
+    assert CLAIMED[-1].date == max(sdist.date for sdist in KNOWN.sdists)
+
+
+def test_every_purpose_has_a_patch_for_every_date() -> None:
+    purposes = {patch.stem for patch in SERIES.patches}
+    for date in [sdist.date for sdist in KNOWN.sdists] + [build.date for build in KNOWN.llama_cpp]:
+        missing = purposes - {patch.stem for patch in SERIES.select(date)}
+        # The compressor's state is of a model that upstream has had since July.
+        assert missing <= ({"0006-compressor-state"} if date < "2026-07-05" else set()), date
+
+
+@pytest.mark.parametrize("sdist", KNOWN.sdists, ids=lambda sdist: sdist.version)
+def test_the_series_applies_hook_by_hook(
+    sdist: pins.Sdist, kvpatch: Kvpatch, shared_cache: Path, tmp_path: Path
+) -> None:
+    file = held(sdist, shared_cache)
+    if file is None:
+        pytest.skip(
+            f"llama-cpp-python {sdist.version} is not in the cache and KVPATCH_SDISTS names no folder with it"
+        )
+    done = kvpatch(
+        "apply",
+        "--llama-cpp",
+        sdist.version,
+        "--llama-cpp-source",
+        f"sdist:{file}",
+        "--out",
+        tmp_path / "out",
+    )
+    report = done["data"]["values"]["apply"]["llama.cpp"]["report"]
+    assert report["ok"]
+    assert [patch["name"] for patch in report["patches"]] == [
+        patch.file.name for patch in SERIES.select(sdist.date)
+    ]
+    found = {hunk["verdict"] for patch in report["patches"] for hunk in patch["hunks"]}
+    # Found as they are: nothing was merged, so a variant says exactly what it puts where.
+    assert found <= {Verdict.EXACT.value, Verdict.MOVED.value}
+
+
+@pytest.mark.build
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("sdist", CLAIMED, ids=lambda sdist: sdist.version)
+def test_a_claimed_date_is_built_and_smoked(
+    sdist: pins.Sdist, kvpatch: Kvpatch, shared_cache: Path, tmp_path: Path
+) -> None:
+    file = held(sdist, shared_cache)
+    source = f"sdist:{file}" if file is not None else "sdist"
+    done = kvpatch(
+        "build", "--llama-cpp", sdist.version, "--llama-cpp-source", source, "--out", tmp_path / "out"
+    )
+    assert done["data"]["plan"]["sources"][0]["commit"].startswith(sdist.commit)
+    assert [stage["stage"] for stage in done["data"]["stages"]][-1] == "smoke"
