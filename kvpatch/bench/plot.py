@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from kvpatch.bench.figures import Chart, Report
 
 _COLORS = {"stock": "#8a8f98", "off": "#5b8ff9", "on": "#2ca58d"}
 _COLUMNS = 3
+_FEW = 4  # values that make no box
 
 
 def draw(report: Report, out: Path) -> Path | None:
@@ -45,12 +47,14 @@ def draw(report: Report, out: Path) -> Path | None:
 def _box(chart: Chart, axis: Any) -> None:
     scale, unit = (2**20, "MiB") if chart.unit == "bytes" else (1, chart.unit)
     shown = {name: [v / scale for v in values] for name, values in chart.series.items() if values}
-    boxes = axis.boxplot(
-        list(shown.values()), patch_artist=True, showfliers=len(chart.series) < 4, whis=(1, 99)
-    )
-    axis.set_xticks(range(1, len(shown) + 1), list(shown))
-    for box, name in zip(boxes["boxes"], shown, strict=True):
-        box.set_facecolor(_COLORS.get(name, "#cccccc"))
+    colors = [_COLORS.get(name, "#cccccc") for name in shown]
+    if max(map(len, shown.values())) < _FEW:
+        axis.bar(list(shown), [statistics.median(values) for values in shown.values()], color=colors)
+    else:
+        boxes = axis.boxplot(list(shown.values()), patch_artist=True, whis=(1, 99))
+        axis.set_xticks(range(1, len(shown) + 1), list(shown))
+        for box, color in zip(boxes["boxes"], colors, strict=True):
+            box.set_facecolor(color)
     axis.set_title(chart.title, fontsize=9)
     axis.set_ylabel(unit)
     axis.grid(axis="y", alpha=0.3)

@@ -196,7 +196,7 @@ budget() { # seconds
     overhead) echo 400 ;;
     idle) echo 150 ;;
     switch) echo 240 ;;
-    split) echo 90 ;;
+    split) echo 120 ;;
     soak) echo 580 ;;
   esac
 }
