@@ -21,6 +21,7 @@ from typing import Any
 from kvpatch.errors import ToolchainError
 
 _ROOT = Path(__file__).resolve().parents[2]
+_LIBRARY = "libcuda.so.1"
 _CHUNK = 1 << 30
 _SMALL = 2 << 20
 
@@ -30,7 +31,7 @@ class Driver:
 
     def __init__(self, device: int = 0) -> None:
         try:
-            self._lib = ctypes.CDLL("libcuda.so.1")
+            self._lib = ctypes.CDLL(_LIBRARY)
         except OSError as error:
             raise ToolchainError(f"there is no CUDA driver: {error}", hint="use --device cpu") from error
         handle, context = c_int(), c_void_p()
@@ -62,12 +63,14 @@ class Driver:
 
     def rate(self, size: int, times: int) -> list[float]:
         """Bytes a second of each of `times` copies of `size` bytes from pinned host memory to the device."""
-        host = c_void_p()
-        self.call("cuMemHostAlloc", byref(host), c_size_t(size), 0)
-        ctypes.memset(host, 0x5A, size)
         device = self.alloc(size)
         if device is None:
             raise ToolchainError(f"the card has no {size} bytes left to measure copies with")
+        host = c_void_p()
+        self.call(
+            "cuMemHostAlloc", byref(host), c_size_t(size), 1
+        )  # portable, as libkvcached pins its own
+        ctypes.memset(host, 0x5A, size)
         rates = []
         for _ in range(times + 1):
             began = time.perf_counter()
