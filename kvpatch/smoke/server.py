@@ -75,6 +75,8 @@ class Server:
         self._mark = mark
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy set for the user's shell has no business on loopback
+        # Servers close connections that were idle for some seconds, maybe just when the next request is sent over one.
+        self._session.headers["Connection"] = "close"
 
     @property
     def url(self) -> str:

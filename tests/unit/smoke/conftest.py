@@ -33,7 +33,7 @@ _SERVER = textwrap.dedent(
                 os.kill(os.getpid(), signal.SIGSEGV)  # any thread may take it, and not at once
             if self.path in ("/die", "/hang"):
                 time.sleep(600)
-            echo = json.dumps({"path": self.path}).encode()
+            echo = json.dumps({"path": self.path, "connection": self.headers["Connection"]}).encode()
             body = {"/text": b"plain", "/list": b"[]"}.get(self.path, echo)
             self.send_response(500 if self.path == "/error" else 200)
             self.send_header("Content-Length", str(len(body)))
