@@ -455,9 +455,9 @@ def test_prompt_caches_of_idle_slots_go_first(start: Start, slots: str) -> None:
 
 def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
     """Speculation from the text itself, while another request exhausts the limit."""
-    words = ("-c", "12288", "-np", "2", "--no-kv-unified")
+    words = ("-c", "12288", "-np", "2", "-b", "256", "--no-kv-unified")
     drafts = ("--spec-type", "ngram-simple", *SHORT)
-    wanted = body(prompt_ids(30, 7) * 5, 400, id_slot=0, ignore_eos=True)
+    wanted = body(prompt_ids(600, 7), 400, id_slot=0, ignore_eos=True)
 
     def one(server: Server) -> Stream:
         stream = Stream(server, {**wanted, "n_probs": 2})
@@ -475,6 +475,28 @@ def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
         assert "kvcached: drafts are given up" in server.log_text()
         assert stream.error is None
         stream.must_equal(alone)
+
+
+def test_a_sleeper_that_cannot_wake_refuses_and_keeps_its_prompts(start: Start) -> None:
+    """Two servers of one group, whose limit holds one: the other is busy, so nobody's memory can be taken."""
+    words = ("-c", "4096", *ONE)
+    prompt = prompt_ids(600, 1)
+    first, charge = measured(start, words, lambda server: ask(server, prompt, 8)["tokens"])
+    env = {**limited(charge + 12 * STEP), "KVCACHED_GROUP": "both"}
+    with start(PATCHED, *words, env=env) as sleeper:
+        assert ask(sleeper, prompt, 8)["tokens"] == first
+        sleeper.json("POST", "/kvcached/sleep")
+        with start(PATCHED, *words, env=env) as other:
+            stream = Stream(other, body(prompt_ids(100, 2), 2500, ignore_eos=True))
+            wait_until(lambda: len(stream.tokens) > 2, 20, every=0.01)
+            refused = call(sleeper, "POST", "/completion", body=body([*prompt, *first], 8))
+            assert not stream.ended, "nothing was in the way"
+            assert refused.status_code == 503
+            assert is_refusal(refused.json()["error"]), refused.text
+            assert is_sleeping(sleeper)
+            assert len(stream.wait()) == 2500
+        again = ask(sleeper, [*prompt, *first, *prompt_ids(5, 3)], 8)
+        assert work(again)[1] == 607
 
 
 def status_of(router: Server, model: str) -> str:
