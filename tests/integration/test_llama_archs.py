@@ -53,12 +53,17 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
 
 @pytest.fixture(scope="module")
 def driver(kvpatch: Kvpatch, shared_cache: Path, patched: smoke.Install) -> Path:
-    """The program, linked with the patched build's libraries. Its tree is the patched one since `patched` came last."""
+    """The program, linked with the patched build's libraries; the tree is the workspace's, patched the same way."""
     libraries = patched.llama_server.parent
-    out = libraries.parent
-    workspace = kvpatch("compile", "--llama-cpp", "sdist", "--llama-cpp-source", "sdist", "--out", out)[
-        "data"
-    ]["workspace"]
+    words = (
+        "--llama-cpp",
+        "sdist",
+        "--llama-cpp-source",
+        "sdist",
+        "--out",
+        shared_cache / "demo" / "elastic",
+    )
+    workspace = kvpatch("generate", *words)["data"]["workspace"]
     cmake = toolchain.ensure(toolchain.CMAKE, shared_cache / "tools").path
     ninja = toolchain.ensure(toolchain.NINJA, shared_cache / "tools").path
     build = shared_cache / "tests" / "llama-archs"
