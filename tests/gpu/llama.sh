@@ -80,8 +80,17 @@ configure() {
   while read -r line; do flags+=("$line"); done < <("$python" "$here/llama_install.py" flags)
   [ ${#flags[@]} -gt 0 ] || return 1
   if [ -z "$fake" ]; then
+    # Servers are started without LD_LIBRARY_PATH, so what it finds must be found otherwise; not by all of the linker's
+    # folders: the driver's stub is in one of them.
+    local cuda folder runpath
+    cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")") || return 1
+    # shellcheck disable=SC2016
+    runpath='$ORIGIN'
+    for folder in "$cuda/lib64" "$cuda/lib" ${LD_LIBRARY_PATH:+${LD_LIBRARY_PATH//:/ }} /usr/local/nvidia/lib64; do
+      case $folder in */stubs) ;; *) [ -d "$folder" ] && runpath="$runpath;$folder" ;; esac
+    done
     flags+=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${GPU_ARCH:-90}" -DGGML_CUDA_NCCL=OFF
-      -DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON)
+      "-DCMAKE_INSTALL_RPATH=$runpath")
   fi
   cmake -S "$build/llama.cpp" -B "$build/build" -G Ninja "${flags[@]}"
 }
@@ -92,6 +101,10 @@ compile() {
   rm -rf "${build:?}/$1"
   mkdir -p "$build/$1/bin"
   cp -a "$build/build/bin/llama-server" "$build"/build/bin/*.so* "$build/$1/bin/" || return 1
+  if (unset LD_LIBRARY_PATH; ldd "$build/$1"/bin/*.so "$build/$1/bin/llama-server") 2>&1 | grep 'not found'; then
+    echo "FAIL: libraries are missing"
+    return 1
+  fi
   strip --strip-unneeded "$build/$1"/bin/llama-server "$build/$1"/bin/*.so 2>/dev/null
   echo "== $1: $((SECONDS - began)) s, $(du -sh "$build/$1" | cut -f1)"
 }
