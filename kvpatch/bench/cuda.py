@@ -67,9 +67,7 @@ class Driver:
         if device is None:
             raise ToolchainError(f"the card has no {size} bytes left to measure copies with")
         host = c_void_p()
-        self.call(
-            "cuMemHostAlloc", byref(host), c_size_t(size), 1
-        )  # portable, as libkvcached pins its own
+        self.call("cuMemHostAlloc", byref(host), c_size_t(size), 1)  # portable, as libkvcached pins its own
         ctypes.memset(host, 0x5A, size)
         rates = []
         for _ in range(times + 1):

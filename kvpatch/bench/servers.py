@@ -27,6 +27,7 @@ from kvpatch.smoke.report import CheckFailed
 from kvpatch.smoke.server import Server, ServerSpec, serve
 from kvpatch.stages.output import MANIFEST
 
+_KEPT_SECONDS = 1.0
 STEP_CELLS = 256  # llama.cpp reads its cache in multiples of this many cells
 KINDS = ("kv", "weights", "compute")
 
@@ -160,12 +161,13 @@ class Client:
         self.server = server
         self.side = side
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+        self._used = 0.0
 
     def complete(
         self, prompt: Sequence[int], count: int, *, cached: bool = True, slot: int | None = None
     ) -> Answer:
         """A greedy answer of exactly `count` tokens. `cached`: what the slot has of the prompt is used."""
-        began = time.perf_counter()
+        began = self._connect()
         body = self._body([*prompt], count, cached=cached)
         if slot is not None:
             body["id_slot"] = slot
@@ -174,7 +176,7 @@ class Client:
 
     def together(self, prompts: Sequence[Sequence[int]], count: int) -> list[Answer]:
         """One answer a prompt, all at once: they are placed before the first step and decode in one batch."""
-        began = time.perf_counter()
+        began = self._connect()
         body = self._body([[*p] for p in prompts], count, cached=False)
         value = json.loads(self._post("/completion", body).read())
         seconds = time.perf_counter() - began
@@ -185,7 +187,7 @@ class Client:
 
     def stream(self, prompt: Sequence[int], count: int, *, cached: bool = True) -> Answer:
         """As `complete`, with the time of each step."""
-        began = time.perf_counter()
+        began = self._connect()
         body = self._body([*prompt], count, cached=cached) | {"stream": True, "timings_per_token": True}
         tokens: list[int] = []
         at: list[float] = []
@@ -210,6 +212,7 @@ class Client:
 
     def erase(self, slot: int = 0) -> None:
         """Forget a slot's cells."""
+        self._connect()
         self._post(f"/slots/{slot}?action=erase", {}).read()
 
     def figures(self) -> list[dict[str, Any]]:
@@ -244,7 +247,7 @@ class Client:
 
     def command(self, what: str) -> float:
         """POST /kvcached/`what`; its seconds."""
-        began = time.perf_counter()
+        began = self._connect()
         self._post(f"/kvcached/{what}", {}).read()
         return time.perf_counter() - began
 
@@ -264,6 +267,25 @@ class Client:
     def close(self) -> None:
         self._connection.close()
 
+    def _connect(self) -> float:
+        """A connection that the server has not closed (it does after 5 s without a request); the time, which begins
+        once there is one."""
+        if time.monotonic() - self._used > _KEPT_SECONDS:
+            self._connection.close()
+            try:
+                self._connection.connect()
+            except OSError as error:
+                raise self._unanswered("a connection", error) from error
+        self._used = time.monotonic()
+        return time.perf_counter()
+
+    def _unanswered(self, what: str, error: Exception) -> CheckFailed:
+        self._connection.close()
+        self._used = 0.0
+        code = self.server.returncode()
+        text = f"{self.server.name}: {what} got no answer"
+        return self.server.failed(f"{text}: {error!r}") if code is None else self.server.died(text, code)
+
     def _body(self, prompt: Any, count: int, *, cached: bool) -> dict[str, Any]:
         return {
             "prompt": prompt,
@@ -281,11 +303,8 @@ class Client:
             self._connection.request("POST", path, text, {"Content-Type": "application/json"})
             response = self._connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            code = self.server.returncode()
-            if code is not None:
-                raise self.server.died(f"{self.server.name}: POST {path} got no answer", code) from error
-            raise self.server.failed(f"{self.server.name}: POST {path} got no answer: {error!r}") from error
+            raise self._unanswered(f"POST {path}", error) from error
+        self._used = time.monotonic()
         if response.status != 200:
             detail = response.read(500).decode("utf-8", "replace")
             raise self.server.failed(f"{self.server.name}: POST {path} answered {response.status}: {detail}")

@@ -15,8 +15,8 @@
 # Without any, all of them but soak. Exit: 0 all passed, 1 one did not, 2 usage. OUT gets summary.txt, summary.json and
 # results.tar.gz (logs, figures, plots), at most 8 files of 15 MiB in all with the binaries.
 #
-# Needs: cmake, ninja, nvcc, a C++ compiler, Python with numpy, requests, rich, typer. From the environment:
-#   SOURCE=DIR     what tests/gpu/llama_pack.py wrote: the trees, and wheels of what is missing there
+# Needs: cmake, ninja, nvcc, a C++ compiler, Python with numpy. From the environment:
+#   SOURCE=DIR     what tests/gpu/llama_pack.py wrote: the trees, and wheels of what kvpatch needs
 #   BUILD=DIR      trees, binaries, models; survives between calls on one machine (/tmp/kvpatch-llama)
 #   BINS=DIR       a folder with bins.tar.xz.*: unpacked, nothing is built
 #   STOCK, PATCHED=DIR   these builds are used, nothing is built
@@ -65,12 +65,20 @@ began=$SECONDS
 
 export PYTHONPATH="$root:$build/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export GIT_PYTHON_REFRESH=quiet KVPATCH_CACHE=${KVPATCH_CACHE:-$build/cache}
+# All that the stages import, so that what is missing is known before anything is built.
+imports='import git, gguf, unidiff, kvpatch.cli.app, kvpatch.cli.bench, kvpatch.runtime, tests.soak.__main__'
 prepare_python() {
-  if [ ! -d "$build/site" ] && [ -d "${SOURCE:-/nonexistent}/whl" ]; then
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
-      --target "$build/site" "$SOURCE"/whl/*.whl || return 1
+  local wheels=${SOURCE:-/nonexistent}/whl
+  if [ -d "$wheels" ] && ! PYTHONPATH=$root "$python" -c "$imports" 2>/dev/null; then
+    # Again when other wheels were carried.
+    if ! (cd "$wheels" && cksum -- *.whl) | cmp -s - "$build/site.wheels"; then
+      rm -rf "$build/site" "$build/site.wheels"
+      "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+        --target "$build/site" "$wheels"/*.whl || return 1
+      (cd "$wheels" && cksum -- *.whl) >"$build/site.wheels"
+    fi
   fi
-  "$python" -c 'import kvpatch.cli.app' || { echo "kvpatch cannot be imported: is a wheel missing in SOURCE/whl?"; return 1; }
+  "$python" -c "$imports" || { echo "a package is missing here: make SOURCE again by llama_pack.py"; return 1; }
 }
 
 # ---- build ----

@@ -11,7 +11,9 @@ whl/               wheels of what kvpatch needs and the machine has not (pure Py
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,7 +54,7 @@ _UNREAD = {f"ggml/src/ggml-{name}" for name in _BACKENDS} | {
     "tools/ui/tests",
     "tools/ui/static",
 }
-_WHEELS = ("gitpython", "gitdb", "smmap", "unidiff", "gguf", "platformdirs")
+_THERE = ("numpy",)  # large, and on every machine with PyTorch
 
 
 def main() -> int:
@@ -88,7 +90,7 @@ def main() -> int:
         "stock_series": stock["plan"]["series"],
     }
     (out / "source.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    _wheels(out / "whl", [*_WHEELS, *given.wheel], given.python)
+    _wheels(out / "whl", given.wheel, given.python)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     sys.stdout.write(f"{out}: {len(before)} files, {len(changed)} changed, {size / 2**20:.1f} MiB\n")
     return 0
@@ -121,15 +123,30 @@ def _pack(archive: Path, tree: Path, names: list[str]) -> None:
             tar.add(tree / name, name)
 
 
-def _wheels(folder: Path, names: list[str], python: str) -> None:
-    folder.mkdir(exist_ok=True)
-    platforms = [w for p in ("manylinux_2_28_x86_64", "manylinux2014_x86_64") for w in ("--platform", p)]
+def _wheels(folder: Path, more: list[str], python: str) -> None:
+    """What kvpatch depends on, with what that depends on, as pip resolves it for the machine."""
+    shutil.rmtree(folder, ignore_errors=True)
+    needed = [
+        text
+        for text in importlib.metadata.requires("kvpatch") or ()
+        if "extra ==" not in text.replace("'", '"')
+    ]
+    minor = int(python.partition(".")[2])
+    needed = [text for text in needed if not ("python_version" in text and minor >= 11)]
+    platforms = [
+        word
+        for name in ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+        for word in ("--platform", name)
+    ]
     argv = [
-        *(sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"),
+        *(sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"),
         *("--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms),
-        *("-d", str(folder), *names),
+        *("-d", str(folder), *needed, *more),
     ]
     subprocess.run(argv, check=True)
+    for wheel in folder.iterdir():
+        if wheel.name.partition("-")[0].lower() in _THERE:
+            wheel.unlink()
 
 
 if __name__ == "__main__":
