@@ -239,7 +239,7 @@ def test_commands(start: Start) -> None:
 
 def test_commands_between_the_steps_of_a_running_request(start: Start) -> None:
     words = ("-c", "4096", *ONE)
-    wanted = body(prompt_ids(300, 5), 400, ignore_eos=True)
+    wanted = body(prompt_ids(300, 5), 1000, ignore_eos=True)
     with start(STOCK, *words) as server:
         expected = server.json("POST", "/completion", json=wanted)["tokens"]
     with start(PATCHED, *words, env=ON) as server:
@@ -254,7 +254,7 @@ def test_commands_between_the_steps_of_a_running_request(start: Start) -> None:
                 assert call(server, "POST", f"/kvcached/{command}").status_code == 200
                 commands += 1
         assert answer[0].json()["tokens"] == expected
-        assert commands > 6
+        assert commands >= 6
         assert device(server)["sleeps"] >= 2
 
 
