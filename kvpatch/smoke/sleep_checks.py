@@ -11,6 +11,7 @@ from kvpatch.smoke.holdings import Holdings, holdings
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.llama import (
     OFF,
+    ON,
     Answer,
     Ask,
     Config,
@@ -56,7 +57,7 @@ def check_sleep(recorder: Recorder, install: Install, config: Config, folder: Pa
 
     def by_itself() -> Outcome:
         reference = awake[0] if awake else _talk(install, copied, OFF, folder, None)
-        return same_talk(reference, _talk(install, idle, _COMMANDS, folder, _wait), config.model.path)
+        return same_talk(reference, _talk(install, idle, ON, folder, _wait), config.model.path)
 
     recorder.run("sleep: by command, and the conversation goes on", by_command)
     recorder.run(f"sleep: by itself after {_IDLE_SECONDS} s, and the conversation goes on", by_itself)
