@@ -174,12 +174,14 @@ def replace_argv(plain: ServerSpec, before: Sequence[str]) -> ServerSpec:
 
 def end_child(pids: Sequence[int]) -> None:
     """Ask the server to end, not the tool: its report is written when the server has."""
-    for pid in pids:
-        if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").startswith("llama-server"):
-            os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 60
-            while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
+    found = [pid for pid in pids if Path(f"/proc/{pid}/exe").resolve().name == "llama-server"]
+    if not found:
+        raise CheckFailed(f"no llama-server among the processes {pids} that the tool started")
+    for pid in found:
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def say(text: str) -> None:
