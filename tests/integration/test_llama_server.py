@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from kvpatch import smoke
-from kvpatch.smoke.models import prompt_ids, tiny_llama
+from kvpatch.smoke.models import prompt_ids, tiny_embedding, tiny_llama
 from kvpatch.smoke.server import Server, ServerSpec, serve
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(900)]
@@ -48,6 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     tiny_llama(folder / "one.gguf", 1)
     tiny_llama(folder / "two.gguf", 2)
+    tiny_embedding(folder / "pooling.gguf", 3)
     return folder
 
 
@@ -451,6 +452,30 @@ def test_prompt_caches_of_idle_slots_go_first(start: Start, slots: str) -> None:
         assert ask(server, wanted, 8, 1)["tokens"] == answer
         assert "slot 0 gives up 1007 cached tokens" in server.log_text()
         assert work(ask(server, prompt_ids(300, 1), 8, 0)) == (300, 0)
+
+
+def test_a_prompt_that_cannot_be_split_is_ended_not_halved(start: Start) -> None:
+    """Its halves would be pooled apart, and the answer would be wrong."""
+    words = ("-c", "8192", "-np", "4", "--kv-unified", "--embeddings", "-ub", "2048")
+
+    def embed(server: Server) -> list[Any]:
+        answers = [
+            call(server, "POST", "/embeddings", body={"input": [prompt_ids(count, 1)]})
+            for count in (200, 1500, 100)
+        ]
+        return [a.json() if a.status_code == 200 else a for a in answers]
+
+    with start(STOCK, *words, model="pooling") as server:
+        expected = embed(server)
+    with start(PATCHED, *words, model="pooling", env=ON) as server:
+        assert embed(server) == expected
+        kinds = device(server)["mapped_bytes"]
+    limit = kinds["weights"] + kinds["compute"] + kinds["kv"] // 2
+    with start(PATCHED, *words, model="pooling", env=limited(limit)) as server:
+        short, refused, shorter = embed(server)
+    assert (short, shorter) == (expected[0], expected[2])
+    assert refused.headers["Retry-After"] == "5"
+    assert is_refusal(refused.json()["error"])
 
 
 def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
