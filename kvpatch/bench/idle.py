@@ -80,7 +80,7 @@ def _life(setup: Setup, plan: Plan, name: str, found: _Found, report: Report) ->
         found.add("after load", name, setup.device.held(pid))
         answered = 32
         asked = prompt(plan.tokens - answered)
-        one.complete(asked, answered)
+        found.add("first prompt after load", name, one.complete(asked, answered).prompt_ms / 1000)
         # Of a prompt in the cache, as it is after sleep too: one token by itself is rounded otherwise than in a batch.
         before = one.complete(asked, answered).tokens
         whole = [*asked, *before]
@@ -159,6 +159,7 @@ def _show(report: Report, found: _Found, rates: list[float]) -> None:
         report.row("memory", name, "bytes", found.values.get(name, {}), draw=name in _MEMORY)
     for name in (
         "start",
+        "first prompt after load",
         "first token, awake",
         "sleep, the first",
         "sleep, host copy warm",
