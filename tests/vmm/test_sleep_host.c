@@ -26,6 +26,22 @@ TEST(sleep, prepared_ahead) {
   kvcached_shutdown(s.ctx);
 }
 
+/* Pinning memory holds the driver: nothing of it is done while somebody is inside. */
+TEST(sleep, prepared_while_nobody_works) {
+  scene s = set_up_in("quiet");
+  const unsigned allocs = fault_calls(FAULT_HOST_ALLOC);
+  CHECK_OK(kvcached_enter(s.ctx));
+  CHECK_OK(kvcached_prepare_sleep(s.ctx, KVCACHED_ALL_KINDS));
+  sleep_ms(350);
+  CHECK_EQ(fault_calls(FAULT_HOST_ALLOC), allocs);
+  CHECK_EQ(stats_of(s.ctx).host_bytes, 0);
+  CHECK_OK(kvcached_leave(s.ctx));
+  WAIT_FOR(has_copy(s.weights));
+  CHECK(fault_calls(FAULT_HOST_ALLOC) > allocs);
+  check_context(s.ctx);
+  kvcached_shutdown(s.ctx);
+}
+
 /* Copies are made ahead only of content that was complete when that was asked for. */
 TEST(sleep, prepared_before_and_made_after) {
   kvcached_ctx_t ctx = open_alone(0, UINT64_MAX);

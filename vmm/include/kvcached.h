@@ -347,7 +347,8 @@ KVCACHED_API int kvcached_set_reload(kvcached_region_t region, kvcached_reload_f
 
 /* Asks for what a later sleep will need, in the background: host memory for the copies of these kinds (bits
    KVCACHED_KIND_BIT), pinned where possible, and the copies of WEIGHTS themselves, whose content must be
-   complete by now. Without it the first sleep does this. E_INVAL kinds; E_FORKED. */
+   complete by now. Works only while nobody was inside the gate for a moment (100 ms), since pinning holds up
+   whoever launches work. Without it the first sleep does this. E_INVAL kinds; E_FORKED. */
 KVCACHED_API int kvcached_prepare_sleep(kvcached_ctx_t ctx, unsigned kinds);
 
 /* Puts the regions of these kinds to sleep, all or none: their device memory goes back to the device, and the

@@ -90,6 +90,26 @@ static void rest(struct kvcached_ctx *ctx) {
   }
 }
 
+/* ---- what a later sleep needs ---- */
+
+#define QUIET_NS INT64_C(100000000) /* how long nobody was inside before a piece of it is done */
+
+/* When the next piece may be done. Pinning 64 MiB holds the driver for 40 ms, and whoever launches work waits
+   for it: not while somebody is at work. */
+static int64_t quiet_ns(struct kvcached_ctx *ctx) {
+  if (kvc_gate_inside(&ctx->gate) > 0) return kvc_now_ns() + QUIET_NS;
+  int64_t left = (int64_t)atomic_load_explicit(&ctx->last_inside_ns, memory_order_relaxed);
+  return left == 0 ? 0 : left + QUIET_NS;
+}
+
+static void prepare_sleep(struct kvcached_ctx *ctx) {
+  int64_t from = quiet_ns(ctx);
+  if (from > kvc_now_ns())
+    wait_until(ctx, from);
+  else if (!kvc_prepare_sleep_step(ctx))
+    ctx->sleep_ahead = 0;
+}
+
 /* ---- the thread ---- */
 
 static void *worker_body(void *arg) {
@@ -103,8 +123,8 @@ static void *worker_body(void *arg) {
       kvc_look_ahead(r);
     else if (!ctx->sleep_ahead)
       rest(ctx);
-    else if (!kvc_prepare_sleep_step(ctx))
-      ctx->sleep_ahead = 0;
+    else
+      prepare_sleep(ctx);
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   return NULL;
