@@ -20,6 +20,7 @@ from tests.soak.verdict import Evidence, Tally
 
 Say = Callable[[str], None]
 _FOR_ROUNDS = 0.8  # of the time; the rest is for starting, asking alone and stopping
+_AT_LAST = 1.1  # what differed is asked alone until then, though it be late
 _EMPTY_EVERY = 3  # rounds of a profile
 _CONTROL_EVERY = 2
 _ALONE = 4  # prompts of each profile that are asked alone though nothing was wrong with them
@@ -67,11 +68,11 @@ class _Course:
         self.held: list[Held] = []
         self.control_held: list[Held] = []
         self.rounds = 0
-        limit = self._limit()
-        say(f"{profile.name}: limit {limit} bytes")
+        self.limit = self._limit()
+        say(f"{profile.name}: limit {self.limit} bytes")
         self.reference = stack.enter_context(self._start(options.stock, "stock-alone", slots=1))
         self.stock = stack.enter_context(self._start(options.stock, "stock"))
-        self.elastic = stack.enter_context(self._start(options.patched, "patched", limit=limit))
+        self.elastic = stack.enter_context(self._start(options.patched, "patched", limit=self.limit))
         self.fresh = self.elastic.empty()
 
     def _start(
@@ -120,10 +121,10 @@ class _Course:
         if self.rounds % _EMPTY_EVERY == 1:
             held.append(side.empty())
 
-    def alone(self, deadline: float) -> tuple[int, tuple[Prompt, ...]]:
+    def alone(self, deadline: float) -> tuple[int, int, tuple[Prompt, ...]]:
         """Asks alone, on a patched server of one slot and no limit, what differed or was refused, and some
-        more; how many were asked, and which differ from stock in tokens or log-probabilities. It sleeps
-        before each."""
+        more: how many were asked, for how many of those that differed or were refused there was no time, and
+        which differ from stock in tokens or log-probabilities. It sleeps before each."""
         suspects = [*dict.fromkeys(self.patched.mismatches), *dict.fromkeys(self.patched.refused)]
         others = [prompt for prompt in self.expected if prompt not in suspects]
         prompts = [*suspects, *self.rng.sample(others, min(_ALONE, len(others)))]
@@ -131,7 +132,7 @@ class _Course:
         asked = 0
         with self._start(self.options.patched, "patched-alone", slots=1) as side:
             for prompt in prompts:
-                if time.monotonic() > deadline and asked >= _ALONE:
+                if time.monotonic() > deadline:
                     break
                 side.do("sleep")
                 answer = side.ask(sides.request(prompt), slot=0, cached=False)
@@ -139,9 +140,9 @@ class _Course:
                 wanted = self.expected[prompt]
                 if (answer.tokens, answer.logprobs) != (wanted.tokens, wanted.logprobs):
                     differ.append(prompt)
-        return asked, tuple(differ)
+        return asked, max(0, len(suspects) - asked), tuple(differ)
 
-    def evidence(self, asked: int, differ: tuple[Prompt, ...]) -> Evidence:
+    def evidence(self, asked: int, unasked: int, differ: tuple[Prompt, ...]) -> Evidence:
         """What was found; the servers have ended."""
         left = 0
         for path in self.folder.glob("*/ledger*"):
@@ -149,12 +150,14 @@ class _Course:
                 left += len(ledger.slots())
         return Evidence(
             name=self.profile.name,
+            limit=self.limit,
             control=self.control,
             patched=self.patched,
             fresh=self.fresh,
             held=tuple(self.held),
             control_held=tuple(self.control_held),
             alone=asked,
+            unasked=unasked,
             differ_alone=differ,
             slept=self.elastic.done.slept,
             counts=dict(self.elastic.done.counts),
@@ -173,7 +176,7 @@ def soak(options: Options, say: Say) -> Report:
         courses = [_Course(options, profile, stack, say) for profile in chosen]
         say(f"started after {time.monotonic() - begin:.0f} s")
         _rounds(courses, deadline, say)
-        results = [course.alone(begin + options.minutes * 60 * 0.95) for course in courses]
+        results = [course.alone(begin + options.minutes * 60 * _AT_LAST) for course in courses]
     all_ = tuple(course.evidence(*result) for course, result in zip(courses, results, strict=True))
     problems = [f"{evidence.name}: {text}" for evidence in all_ for text in verdict.problems(evidence)]
     return Report(

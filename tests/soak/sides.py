@@ -65,11 +65,13 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """What a server holds while nothing runs: mapped bytes of each kind, what the ledger charges, and by the kernel
-    resident bytes, mappings and open files."""
+    """What a server holds while nothing runs: mapped bytes of each kind, what the ledger charges, `host`
+    memory kept for the next sleep, and by the kernel resident bytes beside that memory, mappings and open
+    files."""
 
     kinds: tuple[int, int, int]
     claim: int
+    host: int
     rss: int
     maps: int
     files: int
@@ -261,10 +263,12 @@ class Side:
         proc = Path(f"/proc/{self.server.pid}")
         status = (proc / "status").read_text(encoding="ascii")
         rss = re.search(r"VmRSS:\s+(\d+) kB", status)
+        host = sum(slot.host_bytes for slot in slots)
         return Held(
             kinds=(kinds[0], kinds[1], kinds[2]),
             claim=sum(slot.claim for slot in slots),
-            rss=int(rss[1]) * 1024 if rss else 0,
+            host=host,
+            rss=int(rss[1]) * 1024 - host if rss else 0,
             maps=len((proc / "maps").read_text(encoding="utf-8", errors="replace").splitlines()),
             files=sum(1 for _ in (proc / "fd").iterdir()),
         )

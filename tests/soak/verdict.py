@@ -73,17 +73,20 @@ def growth(values: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
-    """All of one profile. `fresh` and `held`: after start, and in the course of time, each with nothing in any slot.
-    `alone`: prompts asked alone on the patched server, and those of them whose tokens or log-probabilities differed.
-    `slots_left`: in the ledger after the servers' end."""
+    """All of one profile. `fresh` and `held`: after start, and in the course of time, each with nothing in
+    any slot. `alone`: prompts asked alone on the patched server, and those of them whose tokens or
+    log-probabilities differed. `unasked`: those that differed under load, or were refused, and for which no
+    time was left. `slots_left`: in the ledger after the servers' end."""
 
     name: str
+    limit: int
     control: Tally
     patched: Tally
     fresh: Held
     held: tuple[Held, ...]
     control_held: tuple[Held, ...]
     alone: int
+    unasked: int
     differ_alone: tuple[Prompt, ...]
     slept: int
     counts: dict[str, int]
@@ -107,6 +110,8 @@ def problems(evidence: Evidence) -> list[str]:
         )
     if evidence.differ_alone:
         found.append(f"{len(evidence.differ_alone)} answers differ even alone: {evidence.differ_alone[:3]}")
+    if evidence.unasked:
+        found.append(f"no time was left to ask {evidence.unasked} prompts alone")
     nameless = [text for text in patched.texts if "limit" not in text.lower()]
     if nameless:
         found.append(f"a refusal does not name the limit: {nameless[0]!r}")
@@ -129,6 +134,11 @@ def _leaks(evidence: Evidence) -> list[str]:
                 f"weights and compute buffers took {evidence.fresh.kinds[1:]}, later {held.kinds[1:]} bytes"
             )
             break
+    hosts = [held.host for held in evidence.held]
+    if any(host > evidence.limit for host in hosts):
+        found.append(
+            f"{max(hosts)} bytes are kept for sleeping, more than ever were mapped ({evidence.limit})"
+        )
     claims = [held.claim for held in evidence.held]
     if any(claim > evidence.fresh.claim for claim in claims):
         found.append(

@@ -25,7 +25,7 @@ def _answered(
 
 
 def _held(**changes: int) -> Held:
-    held = Held(kinds=(0, 1000, 500), claim=1500, rss=100 * verdict.MIB, maps=300, files=40)
+    held = Held(kinds=(0, 1000, 500), claim=1500, host=2000, rss=100 * verdict.MIB, maps=300, files=40)
     kv = changes.pop("kv", 0)
     weights = changes.pop("weights", 1000)
     return replace(held, kinds=(kv, weights, 500), **changes)
@@ -40,12 +40,14 @@ def _tally(answers: int, mismatches: int = 0, refusals: int = 0) -> Tally:
 def evidence() -> Evidence:
     return Evidence(
         name="one",
+        limit=5000,
         control=_tally(100, 8),
         patched=_tally(200, 18, 5),
         fresh=_held(),
         held=tuple(_held() for _ in range(8)),
         control_held=tuple(_held() for _ in range(4)),
         alone=22,
+        unasked=0,
         differ_alone=(),
         slept=10**6,
         counts={"trim": 3, "sleep": 4, "wake": 5},
@@ -64,12 +66,14 @@ def test_a_good_one_passes(evidence: Evidence) -> None:
         ({"patched": _tally(200, 60, 5)}, "60 of 200 answers differ"),
         ({"patched": _tally(0)}, "too little was asked"),
         ({"alone": 0}, "too little was asked"),
+        ({"unasked": 2}, "to ask 2 prompts alone"),
         ({"differ_alone": (_OTHER,)}, "differ even alone"),
         ({"control": replace(_tally(100, 8), refusals=1)}, "the stock server refused"),
         ({"patched": replace(_tally(200, 18, 1), texts={"no": 1})}, "does not name the limit"),
         ({"held": (_held(), _held(kv=4096))}, "KV memory is left"),
         ({"held": (_held(), _held(weights=2000))}, "weights and compute"),
         ({"held": (_held(), _held(claim=1501))}, "are charged after"),
+        ({"held": (_held(), _held(host=5001))}, "are kept for sleeping"),
         ({"held": tuple(_held(rss=n * 20 * verdict.MIB) for n in range(8))}, "rss grew"),
         ({"held": tuple(_held(maps=n * 100) for n in range(8))}, "maps grew"),
         ({"held": tuple(_held(files=n * 10) for n in range(8))}, "files grew"),
