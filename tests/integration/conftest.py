@@ -53,8 +53,8 @@ def stock(kvpatch: Kvpatch, shared_cache: Path) -> smoke.Install:
 
 @pytest.fixture(scope="session")
 def patched(kvpatch: Kvpatch, shared_cache: Path, stock: smoke.Install) -> smoke.Install:
-    """The patched one (or that of KVPATCH_TEST_PATCHED). After the stock one, since both compile in one workspace and the
-    later tests need this state."""
+    """The patched one, or that of KVPATCH_TEST_PATCHED. After the stock one, since both compile in one workspace and
+    the later tests need this state."""
     if (made := os.environ.get("KVPATCH_TEST_PATCHED")) is not None:
         return smoke.Install.detect(Path(made))
     del stock

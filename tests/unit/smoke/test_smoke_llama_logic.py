@@ -13,7 +13,7 @@ import pytest
 from kvpatch import demo
 from kvpatch.demo import DemoRow
 from kvpatch.smoke import llama_checks as checks
-from kvpatch.smoke import models, ollama_checks, smaps
+from kvpatch.smoke import memory_checks, models, ollama_checks, smaps
 from kvpatch.smoke.holdings import Holdings
 from kvpatch.smoke.llama import Answer, Config, Sample, Session, first_difference, kv_ranges, log_peak
 from kvpatch.smoke.ollama import Instance
@@ -79,12 +79,12 @@ def _with(session: Session, moment: str, **changes: int) -> Session:
 
 
 _VERDICTS = (
-    checks.memory_at_start,
-    checks.memory_grows,
-    checks.memory_kept,
-    checks.memory_rested,
-    checks.memory_falls,
-    checks.memory_witnessed,
+    memory_checks.memory_at_start,
+    memory_checks.memory_grows,
+    memory_checks.memory_kept,
+    memory_checks.memory_rested,
+    memory_checks.memory_falls,
+    memory_checks.memory_witnessed,
 )
 
 
@@ -102,21 +102,21 @@ def test_no_figures_never_pass(session: Session, verdict: Callable[[Session], Ou
 @pytest.mark.parametrize(
     ("verdict", "moment", "changes", "says"),
     [
-        (checks.memory_at_start, "start", {"reserved": _FULL // 2}, "the context takes"),
-        (checks.memory_at_start, "start", {"mapped": _FULL // 5}, "more than a tenth"),
-        (checks.memory_grows, "ask 1", {"mapped": _STEP // 2}, "expected"),
-        (checks.memory_grows, "ask 2", {"mapped": 9 * _STEP}, "expected"),
-        (checks.memory_grows, "start", {"mapped": _STEP}, "did not grow"),
-        (checks.memory_kept, "held", {"mapped": 4 * _STEP}, "a while later"),
-        (checks.memory_kept, "held", {"mapped": 7 * _STEP}, "a while later"),
-        (checks.memory_rested, "rested", {"mapped": 6 * _STEP}, "expected"),
-        (checks.memory_rested, "rested", {"mapped": 4 * _STEP}, "expected"),
-        (checks.memory_falls, "erased", {"mapped": 2 * _STEP}, "more than one step"),
-        (checks.memory_falls, "erased", {"usable": 2 * _STEP}, "more than one step"),
-        (checks.memory_falls, "ask 2", {"mapped": 0}, "did not fall"),
-        (checks.memory_witnessed, "ask 1", {"usable": 2 * _STEP}, "by the kernel"),
-        (checks.memory_witnessed, "held", {"held_min": 6 * _STEP}, "the kernel holds"),
-        (checks.memory_witnessed, "ask 2", {"held_max": _STEP}, "the kernel holds"),
+        (memory_checks.memory_at_start, "start", {"reserved": _FULL // 2}, "the context takes"),
+        (memory_checks.memory_at_start, "start", {"mapped": _FULL // 5}, "more than a tenth"),
+        (memory_checks.memory_grows, "ask 1", {"mapped": _STEP // 2}, "expected"),
+        (memory_checks.memory_grows, "ask 2", {"mapped": 9 * _STEP}, "expected"),
+        (memory_checks.memory_grows, "start", {"mapped": _STEP}, "did not grow"),
+        (memory_checks.memory_kept, "held", {"mapped": 4 * _STEP}, "a while later"),
+        (memory_checks.memory_kept, "held", {"mapped": 7 * _STEP}, "a while later"),
+        (memory_checks.memory_rested, "rested", {"mapped": 6 * _STEP}, "expected"),
+        (memory_checks.memory_rested, "rested", {"mapped": 4 * _STEP}, "expected"),
+        (memory_checks.memory_falls, "erased", {"mapped": 2 * _STEP}, "more than one step"),
+        (memory_checks.memory_falls, "erased", {"usable": 2 * _STEP}, "more than one step"),
+        (memory_checks.memory_falls, "ask 2", {"mapped": 0}, "did not fall"),
+        (memory_checks.memory_witnessed, "ask 1", {"usable": 2 * _STEP}, "by the kernel"),
+        (memory_checks.memory_witnessed, "held", {"held_min": 6 * _STEP}, "the kernel holds"),
+        (memory_checks.memory_witnessed, "ask 2", {"held_max": _STEP}, "the kernel holds"),
     ],
 )
 def test_bad_memory_fails_with_logs(
