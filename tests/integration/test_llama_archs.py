@@ -139,7 +139,10 @@ def test_weights_slept_in_every_case(cases: list[Row]) -> None:
     assert all(row["figures"]["slept"] >= row["figures"]["weights slept"] > 0 for row in equal)
 
 
-@pytest.mark.parametrize(("check", "results"), [("memory", 6), ("fault", 4), ("ahead", 1), ("control", 1)])
+@pytest.mark.parametrize(
+    ("check", "results"),
+    [("memory", 6), ("fault", 4), ("retry", 1), ("head", 1), ("ahead", 1), ("control", 1)],
+)
 def test_check(driver: Path, check: str, results: int) -> None:
     done = subprocess.run([driver, check], capture_output=True, text=True, check=False, timeout=600)
     rows = parse(done.stdout)

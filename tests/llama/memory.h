@@ -9,6 +9,12 @@ int check_memory(const environment & elastic);
 // under a tight limit: llama_decode returns 1, the context stays usable, a refused step leaves nothing
 int check_fault(const environment & elastic);
 
+// a decode that finds no room takes what a sequence that has gone left, at once
+int check_retry(const environment & elastic);
+
+// the context of an elastic buffer begins like one of ggml-cuda
+int check_head(const environment & elastic);
+
 // the cells after those in use are made ready; decodes that need no new cells leave the library alone; a new prompt takes
 // over the pages of the one before
 int check_ahead(const environment & elastic);
