@@ -119,7 +119,8 @@ void check_region(kvcached_region_t r) {
     CHECK_OK(kvcached_mapped_run(r, off, size - off, &run, &ensured));
     CHECK(run > 0);
     if (!ensured) continue;
-    if (on_host() && s.asleep == 0) CHECK(accessible(base + off) && accessible(base + off + run - 1));
+    if (on_host() && r->pages.count[KVC_ASLEEP] == 0)
+      CHECK(accessible(base + off) && accessible(base + off + run - 1));
     ensured_bytes += run;
   }
   CHECK_EQ(ensured_bytes, s.mapped - s.idle + s.asleep);

@@ -85,7 +85,7 @@ static void unensure(struct kvcached_region *r, size_t first, size_t end, const 
     uint64_t freed, now = kvc_pool_bytes(ctx), to_pool = pooled > now ? pooled - now : 0;
     if (was == KVC_UNMAPPED && settled && kvc_empty(r, i, n, KVC_UNMAPPED, to_pool, &freed) == KVCACHED_OK)
       kvc_unclaim(ctx, freed);
-    else
+    else if (r->pages.state[i] == KVC_ENSURED)  /* and not stuck */
       kvc_pages_set(&r->pages, i, n, KVC_IDLE); /* there is something in them now */
   }
   if (changed) {

@@ -3,7 +3,8 @@
  * and ends physical memory (handles) and puts it under runs of addresses inside a reserved space.
  *
  * Every function returns KVCACHED_OK or a negative error with its detail set, and a call that failed has
- * changed nothing. Offsets and lengths are multiples of the device's granularity unless said otherwise.
+ * changed nothing, unless it says otherwise. Offsets and lengths are multiples of the device's granularity
+ * unless said otherwise.
  *
  * Threads: calls that name a lane are made by one thread at a time for each lane; all others may be made by
  * several threads at once, for parts of a space that do not overlap.
@@ -69,7 +70,8 @@ typedef struct kvc_backend {
      is to be unmapped. */
   int (*access)(kvc_device *device, kvc_space *space, size_t off, size_t len);
   /* Takes a run of whole mapped handles, with or without access, out of the space; they live on (pools) or
-     end (no pools). */
+     end (no pools). On failure the run is mapped still, and holds what it held, but may lack access: access()
+     gives it back. */
   int (*unmap)(kvc_device *device, kvc_space *space, size_t off, size_t len);
 
   /* Queue work on accessible memory, at any offset and length; done once finish() returns. Memory handed to

@@ -153,12 +153,10 @@ static int host_access(kvc_device *device, kvc_space *space, size_t off, size_t 
 
 static int host_unmap(kvc_device *device, kvc_space *space, size_t off, size_t len) {
   (void)device;
-  /* Access first: it is the step that can fail for want of a mapping, and then nothing has been lost. */
+  /* Access first: it is the step that can fail for want of a mapping, and then nothing has been lost.
+     Whichever fails, access may be gone, and is the caller's to ask for again. */
   int err = protect_run(space, off, len, PROT_NONE);
-  if (err) return err;
-  err = discard_run(space, off, len);
-  if (err) (void)mprotect(at(space, off), len, PROT_READ | PROT_WRITE);
-  return err;
+  return err ? err : discard_run(space, off, len);
 }
 
 /* ---- spaces ---- */

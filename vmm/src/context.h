@@ -176,10 +176,10 @@ int kvc_settle(struct kvcached_ctx *ctx, kvc_lane lane);
 /* ---- fill.c: the mutex held, unless it says otherwise; states are set by them ---- */
 
 /* Memory under the runs of `from` pages in [first, end) (UNMAPPED or ASLEEP), zeroed if `zero`, which become
-   `to`. The claim for all of them has been made; what stuck pages and handles from the pool bring along is
-   dropped. All or none: on failure handles made are destroyed or pooled, and *kept says how many bytes of the
-   claim are still held by memory. Pages that could not be unmapped again are stuck then: IDLE, or ASLEEP
-   where they were so. */
+   `to`. The claim for all of them but stuck ones (kvc_without) has been made; what handles from the pool
+   bring along is dropped. All or none: on failure handles made are destroyed or pooled, and *kept says how
+   many bytes of the claim are still held by memory. Pages that could not be unmapped again are stuck then:
+   IDLE, or ASLEEP where they were so. */
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
              uint64_t *kept);
 
@@ -188,13 +188,15 @@ int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, 
 int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
                      int queued, uint64_t *kept);
 
-/* Bytes to claim for the `from` pages of [first, end): without what is stuck in them, and what the pool has.
- */
+/* Bytes of the `from` pages of [first, end) that have no memory: all but stuck ones. */
+uint64_t kvc_without(const struct kvcached_region *r, size_t first, size_t end, uint8_t from);
+/* The same, without what the pool has for them. */
 uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, uint8_t from);
 
 /* Takes the memory of a run of pages of one state, which become `to`. Handles go to the pool as far as
    `to_pool` bytes allow and the rest is destroyed. *freed: bytes whose claim the caller has to drop
-   (destroyed). On failure the run is as before. */
+   (destroyed). On failure the run is as before or, where it cannot even have its access back, stuck: ASLEEP
+   if it was to be so, else IDLE. Callers have no use for its content any more, or have it elsewhere. */
 int kvc_empty(struct kvcached_region *r, size_t first, size_t n, uint8_t to, uint64_t to_pool,
               uint64_t *freed);
 

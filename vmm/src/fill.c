@@ -157,6 +157,11 @@ static kvc_need need_of(const struct kvcached_region *r, size_t first, size_t en
   return need;
 }
 
+uint64_t kvc_without(const struct kvcached_region *r, size_t first, size_t end, uint8_t from) {
+  kvc_need need = need_of(r, first, end, from);
+  return need.all - need.stuck;
+}
+
 uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, uint8_t from) {
   kvc_need need = need_of(r, first, end, from);
   return need.all - need.stuck - need.pooled;
@@ -229,7 +234,7 @@ static int fill(struct kvcached_region *r, size_t first, size_t end, uint8_t fro
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
              uint64_t *kept) {
   kvc_need need = need_of(r, first, end, from);
-  return fill(r, first, end, from, to, zero, 0, &need, need.all, kept);
+  return fill(r, first, end, from, to, zero, 0, &need, need.all - need.stuck, kept);
 }
 
 int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
@@ -240,13 +245,29 @@ int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_
 
 /* ---- taking memory ---- */
 
+/* A run that could not be unmapped may lack access. It gets it back, or no page of it counts as usable. */
+static void keep_run(struct kvcached_region *r, size_t first, size_t n, uint8_t to) {
+  struct kvcached_ctx *ctx = r->ctx;
+  kvc_detail d = kvc_detail_keep();
+  if (kvc_call(ctx)->access(ctx->device, &r->space, kvc_off(r, first), kvc_bytes(r, first, n))) {
+    kvc_log(ctx, KVCACHED_LOG_WARN, "%zu pages can be neither taken nor used for now: %s", n,
+            kvcached_last_error());
+    kvc_pages_set(&r->pages, first, n, to == KVC_ASLEEP ? KVC_ASLEEP : KVC_IDLE);
+    kvc_pages_set_stuck(&r->pages, first, n);
+  }
+  (void)kvc_detail_again(KVCACHED_OK, &d);
+}
+
 int kvc_empty(struct kvcached_region *r, size_t first, size_t n, uint8_t to, uint64_t to_pool,
               uint64_t *freed) {
   struct kvcached_ctx *ctx = r->ctx;
   size_t len = kvc_bytes(r, first, n);
   *freed = 0;
   int err = kvc_call(ctx)->unmap(ctx->device, &r->space, kvc_off(r, first), len);
-  if (err) return err;
+  if (err) {
+    keep_run(r, first, n, to);
+    return err;
+  }
   kvc_pages_set(&r->pages, first, n, to);
   if (!r->pages.handle) {
     *freed = len;

@@ -142,7 +142,7 @@ static void undo_memory(struct kvcached_ctx *ctx, unsigned kinds, uint64_t *held
   for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
     if (!has_kind(r, kinds) || !kvc_sleeps(r) || r->copy.mixed) continue;
     /* Handles that could not be destroyed have kept their part of the claim. */
-    uint64_t need = kvc_state_bytes(r, KVC_ASLEEP), lack = need > *held ? need - *held : 0;
+    uint64_t need = kvc_without(r, 0, r->pages.top, KVC_ASLEEP), lack = need > *held ? need - *held : 0;
     kvc_shortage shortage;
     int err = lack ? kvc_claim(ctx, lack, 0, &shortage) : KVCACHED_OK;
     if (!err) {

@@ -72,13 +72,13 @@ static int fill_batches(struct kvcached_region *r, int copied, uint64_t *held) {
     n = kvc_pages_run(&r->pages, i, r->pages.top);
     if (r->pages.state[i] != KVC_ASLEEP) continue;
     if (n > most) n = most;
-    uint64_t kept = 0;
+    uint64_t kept = 0, fresh = kvc_without(r, i, i + n, KVC_ASLEEP);
     int err = kvc_fill(r, i, i + n, KVC_ASLEEP, KVC_WAKING, !copied, &kept);
     if (err) {
       *held -= kept;
       return err;
     }
-    *held -= kvc_bytes(r, i, n);
+    *held -= fresh;
     if (copied) err = kvc_hostcopy_write(r, KVC_LANE_CALLER, i, n);
     if (err) return err;
   }
@@ -139,9 +139,8 @@ static int wake_once(struct kvcached_ctx *ctx, unsigned kinds, const struct kvca
   uint64_t held = 0;
   *shortage = (kvc_shortage){0};
   for (const struct kvcached_region *r = ctx->regions; r; r = r->next)
-    if (selected(r, kinds, only)) held += kvc_state_bytes(r, KVC_ASLEEP);
-  if (held == 0) return KVCACHED_OK;
-  int err = kvc_claim(ctx, held, ctx->options.room_wait_ms, shortage);
+    if (selected(r, kinds, only)) held += kvc_without(r, 0, r->pages.top, KVC_ASLEEP);
+  int err = held > 0 ? kvc_claim(ctx, held, ctx->options.room_wait_ms, shortage) : KVCACHED_OK;
   if (err) return err;
   for (struct kvcached_region *r = ctx->regions; r && !err; r = r->next) {
     if (!selected(r, kinds, only)) continue;
