@@ -30,8 +30,8 @@ type KVCache struct {
 	slot int
 }
 
-// Allocate takes a lease of size bytes, to be called before the child is started; of these the weights count as held
-// outside the library. Over the limit it returns a *LimitError, and other failures of the ledger as they are; the child
+// Allocate takes a lease of size bytes, to be called before the child is started; of these the need's Outside counts as held
+// outside the library: the child's claims come on top of it, and use up the rest. Over the limit it returns a *LimitError, and other failures of the ledger as they are; the child
 // must then not be started. A cache that holds a lease has to be freed first.
 func (c *KVCache) Allocate(size int) error {
 	if size <= 0 {
@@ -44,13 +44,15 @@ func (c *KVCache) Allocate(size int) error {
 	}
 
 	m := c.manager
-	slot, err := m.ledger.Lease(m.group, c.name, uint64(size), c.need.Weights, m.settings.Limit)
+	slot, err := m.ledger.Lease(m.group, c.name, uint64(size), c.need.Outside, m.settings.Limit)
 	if errors.Is(err, ErrLimit) {
 		charges, listErr := m.charges()
 		if listErr != nil {
 			return errors.Join(err, listErr)
 		}
-		return m.refusal(c.name, Need{Weights: c.need.Weights, FirstStep: uint64(size) - min(uint64(size), c.need.Weights)}, charges)
+		need := c.need
+		need.FirstStep = uint64(size) - min(uint64(size), need.Weights)
+		return m.refusal(c.name, need, charges)
 	}
 	if err != nil {
 		return fmt.Errorf("kvcached: no lease for model %s: %w", c.name, err)

@@ -39,8 +39,11 @@ type Slot struct {
 	Group    string
 	Lease    uint64
 	Fixed    uint64
-	Claim    uint64 // mapped through the library
-	Reserved uint64 // address space
+	Claim    uint64 // mapped through the library, of all kinds
+	KV       uint64 // of the claim: KV caches and recurrent state
+	Weights  uint64 // of the claim
+	Compute  uint64 // of the claim
+	Reserved uint64 // address space, of all kinds
 	Charge   uint64 // max(Lease, Fixed + Claim)
 	Leased   bool
 	Attached bool

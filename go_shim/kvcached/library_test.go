@@ -86,14 +86,15 @@ func TestRealLibraryManyLeases(t *testing.T) {
 }
 
 func TestRealLibraryChild(t *testing.T) {
-	manager, _ := realManager(t, 10_000_000)
-	need := Need{Weights: 1_000_000, FirstStep: 4096}
+	// Room for everything once: weights that the child maps itself must not count twice.
+	manager, _ := realManager(t, 1_060_000)
+	need := Need{Weights: 1_000_000, FirstStep: 4096, Outside: 300_000}
 	cache := manager.NewKVCache("/m/model", need)
 	if err := cache.Allocate(int(need.Total())); err != nil {
 		t.Fatal(err)
 	}
 
-	child := exec.Command(filepath.Join(os.Getenv("KVCACHED_TEST_DIR"), "child"), "40960")
+	child := exec.Command(filepath.Join(os.Getenv("KVCACHED_TEST_DIR"), "child"), "40960", "700416", "8192")
 	child.Env = os.Environ()
 	for name, value := range cache.Env() {
 		child.Env = append(child.Env, name+"="+value)
@@ -106,14 +107,14 @@ func TestRealLibraryChild(t *testing.T) {
 	if err := child.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if line, err := bufio.NewReader(output).ReadString('\n'); line != "mapped 40960\n" {
+	if line, err := bufio.NewReader(output).ReadString('\n'); line != "mapped 40960 700416 8192\n" {
 		t.Fatalf("child: %q, %v", line, err)
 	}
 
 	stats, err := manager.Stats()
 	want := Stats{
 		Model: "/m/model", Name: "model", State: StateAwake, PID: int64(child.Process.Pid),
-		Mapped: 40960, Reserved: 1 << 30, Lease: 1_004_096, Charge: 1_040_960, Limit: 10_000_000,
+		Mapped: 40960, Reserved: 1 << 30, Lease: 1_004_096, Charge: 300_000 + 40960 + 700_416 + 8192, Limit: 1_060_000,
 	}
 	if err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)

@@ -186,7 +186,7 @@ type Stats struct {
 	Name     string
 	State    string
 	PID      int64
-	Mapped   uint64 // KV cache that is there
+	Mapped   uint64 // KV cache that is there; weights and compute buffers are not in it
 	Reserved uint64 // KV cache that could be
 	Lease    uint64
 	Charge   uint64 // what counts against the limit
@@ -209,9 +209,11 @@ func (m *Manager) Stats() ([]Stats, error) {
 		if slot.Attached {
 			state = StateAwake
 		}
+		// Weights and compute buffers are mapped in full: this server puts no model to sleep.
+		reserved := slot.Reserved - min(slot.Reserved, slot.Weights+slot.Compute)
 		stats = append(stats, Stats{
 			Model: cache.model, Name: cache.name, State: state, PID: slot.PID,
-			Mapped: slot.Claim, Reserved: slot.Reserved, Lease: slot.Lease, Charge: slot.Charge, Limit: m.settings.Limit,
+			Mapped: slot.KV, Reserved: reserved, Lease: slot.Lease, Charge: slot.Charge, Limit: m.settings.Limit,
 		})
 	}
 	return stats, nil

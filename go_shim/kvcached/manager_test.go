@@ -24,7 +24,7 @@ func TestNeed(t *testing.T) {
 		{"f32", 0, 256 * 4 * 3584},
 	} {
 		got := Shape{Layers: layers, KVType: test.kvType, Page: test.page, Weights: 7}.Need()
-		if got.FirstStep != test.want || got.Weights != 7 || got.Total() != test.want+7 {
+		if got.FirstStep != test.want || got.Weights != 7 || got.Outside != 7 || got.Total() != test.want+7 {
 			t.Errorf("%q, page %d: %+v, want a first step of %d", test.kvType, test.page, got, test.want)
 		}
 	}
@@ -32,7 +32,7 @@ func TestNeed(t *testing.T) {
 
 func TestAllocateAndFree(t *testing.T) {
 	manager, ledger := fakeManager(t, 1000)
-	cache := manager.NewKVCache("/models/sha256-abc", Need{Weights: 600, FirstStep: 100})
+	cache := manager.NewKVCache("/models/sha256-abc", Need{Weights: 600, FirstStep: 100, Outside: 450})
 
 	if env := cache.Env(); len(env) != 0 {
 		t.Errorf("environment without a lease: %v", env)
@@ -40,7 +40,7 @@ func TestAllocateAndFree(t *testing.T) {
 	if err := cache.Allocate(700); err != nil {
 		t.Fatal(err)
 	}
-	if got := ledger.slots[0]; got.Lease != 700 || got.Fixed != 600 || got.Name != "sha256-abc" || got.Group != manager.group {
+	if got := ledger.slots[0]; got.Lease != 700 || got.Fixed != 450 || got.Name != "sha256-abc" || got.Group != manager.group {
 		t.Errorf("slot: %+v", got)
 	}
 	want := map[string]string{
@@ -147,9 +147,9 @@ func TestAllocateOverTheLimit(t *testing.T) {
 // Ollama unloads every model when an error looks like an exhausted device (llm/status.go). Ours must not.
 func TestErrorsAreNotTakenForADeviceFailure(t *testing.T) {
 	suspicious := []string{"out of memory", "out of device memory", "malloc failed", "failed to allocate", "allocation failed", "not enough memory", "insufficient memory", "failed to load model"}
-	alone := &LimitError{Model: "m", Need: Need{10, 5}, Limit: 9, Source: "s"}
-	beside := &LimitError{Model: "m", Need: Need{4, 2}, Limit: 9, Source: "s", Others: []Charge{{"n", 5}}}
-	gone := &LimitError{Model: "m", Need: Need{4, 2}, Limit: 9, Source: "s"}
+	alone := &LimitError{Model: "m", Need: Need{Weights: 10, FirstStep: 5}, Limit: 9, Source: "s"}
+	beside := &LimitError{Model: "m", Need: Need{Weights: 4, FirstStep: 2}, Limit: 9, Source: "s", Others: []Charge{{"n", 5}}}
+	gone := &LimitError{Model: "m", Need: Need{Weights: 4, FirstStep: 2}, Limit: 9, Source: "s"}
 	for _, err := range []error{alone, beside, gone, ErrUnsupported, ErrLimit} {
 		for _, word := range suspicious {
 			if strings.Contains(strings.ToLower(err.Error()), word) {
@@ -201,7 +201,11 @@ func TestStats(t *testing.T) {
 	if want := (Stats{Model: "/m/a", Name: "a:latest", State: StateLeased, Lease: 120, Charge: 120, Limit: 1000}); err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)
 	}
-	ledger.set(cache.Slot(), func(s *Slot) { s.Attached, s.PID, s.Claim, s.Reserved, s.Charge = true, 42, 50, 400, 150 })
+	ledger.set(cache.Slot(), func(s *Slot) {
+		s.Attached, s.PID, s.Charge = true, 42, 150
+		s.Claim, s.Reserved = 90, 440
+		s.KV, s.Weights, s.Compute = 50, 30, 10
+	})
 	stats, err = manager.Stats()
 	if want := (Stats{"/m/a", "a:latest", StateAwake, 42, 50, 400, 120, 150, 1000}); err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)

@@ -10,8 +10,9 @@ const HostPage = 4096
 
 // Need is what a model occupies before its first token.
 type Need struct {
-	Weights   uint64 // bytes held outside the library: the model's files
+	Weights   uint64 // bytes of the model's files
 	FirstStep uint64 // bytes of KV cache that the first batch maps
+	Outside   uint64 // of the weights, bytes that the child holds outside the library and does not claim itself
 }
 
 // Total is the size of the lease that covers the need.
@@ -28,7 +29,7 @@ type Shape struct {
 	Weights uint64 // bytes of the model's files
 }
 
-// Need sums, over K and V of every layer, the pages of one sequence's first cells:
+// Need sums, over K and V of every layer, the pages of one sequence's first cells (all weights count as outside):
 //
 //	first step = sum over layers of pages(FirstCells * bytes(K row)) + pages(FirstCells * bytes(V row))
 //
@@ -39,7 +40,7 @@ func (s Shape) Need() Need {
 	if page == 0 {
 		page = HostPage
 	}
-	need := Need{Weights: s.Weights}
+	need := Need{Weights: s.Weights, Outside: s.Weights}
 	for _, layer := range s.Layers {
 		for _, elements := range []uint64{layer.K, layer.V} {
 			bytes := FirstCells * rowBytes(elements, s.KVType)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvpatch import process
 from kvpatch.smoke import smaps
+from kvpatch.smoke.holdings import Holdings
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.llama import witness
 from kvpatch.smoke.models import TinyModel
@@ -214,15 +215,15 @@ def children(server: Server) -> tuple[int, ...]:
     return tuple(found)
 
 
-def witnessed(server: Server, instance: Instance, *, settle: float = 1.0) -> tuple[smaps.Usage, int]:
-    """What the kernel shows of the KV cache of the one llama-server that runs, and its mapped bytes by the ledger."""
+def witnessed(server: Server, instance: Instance, *, settle: float = 1.0) -> tuple[smaps.Usage, Holdings]:
+    """What the kernel shows of the KV cache of the one llama-server that runs, and what it holds by the ledger."""
     pids = children(server)
     if len(pids) != 1:
         raise server.failed(f"expected one llama-server, found {len(pids)}")
     seen = witness(instance.install, instance.ledger, server.log_text(), pids[0], settle=settle)
     if seen is None:
         raise server.failed("no address range of an elastic cache in the log")
-    return seen[0], seen[1].kv
+    return seen
 
 
 def kv_fields(server: Server, model: Loaded) -> dict[str, int]:

@@ -170,7 +170,7 @@ def _talk(server: Server, instance: Instance) -> Talk:
 
 def _figures(server: Server, instance: Instance, moment: str) -> dict[str, int]:
     """Figures of /api/ps, the ledger and the kernel for the first model, taken while no request runs."""
-    usage, mapped = witnessed(server, instance)
+    usage, held = witnessed(server, instance)
     model = loaded(server).get(_FIRST)
     if model is None or model.kv is None:
         raise server.failed(f"/api/ps has no `kvcached` object for {_FIRST}")
@@ -178,7 +178,9 @@ def _figures(server: Server, instance: Instance, moment: str) -> dict[str, int]:
     if not isinstance(state, str) or not state:
         raise server.failed(f"/api/ps: kvcached.state of {_FIRST} is {state!r}")
     figures = {f"{moment}: {key}": value for key, value in kv_fields(server, model).items()}
-    figures[f"{moment}: ledger"] = mapped
+    figures[f"{moment}: ledger"] = held.kv
+    figures[f"{moment}: weights"] = held.weights
+    figures[f"{moment}: compute"] = held.compute
     figures[f"{moment}: usable"] = usage.usable
     figures[f"{moment}: held_min"] = usage.held_min
     figures[f"{moment}: held_max"] = usage.held_max
@@ -259,9 +261,17 @@ def _memory(talk: Talk, model: models.TinyModel) -> Outcome:
                 f"config.yaml sets a limit of {_LIMIT} bytes, /api/ps shows {memory.get(f'{moment}: limit')}",
                 figures=figures,
             )
+        most = memory[f"{moment}: lease"] + mapped + memory[f"{moment}: compute"]
+        if memory[f"{moment}: charge"] > most:
+            raise CheckFailed(
+                f"after a {moment} prompt {memory[f'{moment}: charge']} bytes are charged: more than lease, KV cache "
+                f"and compute buffers together ({most}), so weights are counted twice",
+                figures=figures,
+            )
     reserved = memory["short: kv_reserved"]
-    if reserved < model.cache_bytes(CONTEXT):
-        raise CheckFailed(f"{reserved} bytes reserved for a context of {CONTEXT}", figures=figures)
+    whole = model.cache_bytes(CONTEXT)
+    if not whole <= reserved <= whole * 1.1:
+        raise CheckFailed(f"{reserved} bytes reserved for a cache of {whole}", figures=figures)
     short, long = memory["short: kv_mapped"], memory["long: kv_mapped"]
     if short * _START_SHARE > reserved or long < model.cache_bytes(_LONG_CELLS):
         raise CheckFailed(

@@ -5,9 +5,11 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 
+	"github.com/ollama/ollama/api"
 	"github.com/ollama/ollama/fs/ggml"
 	"github.com/ollama/ollama/kvcached"
 )
@@ -52,9 +54,30 @@ func kvcachedPage() uint64 {
 	return page
 }
 
-// kvcachedPrepare takes the lease for a child that is about to be started and tells it in env where its slot is. It
-// returns a *kvcached.LimitError when the model does not fit. With elastic memory off it only spells out what the user
-// may have written in another way, for the child to read.
+// kvcachedOutside is the part of a model's weights that its child does not map through the library: all of them where the
+// file is memory-mapped; else those that the CPU's backend keeps in a layout of its own. A prediction for a model on the
+// CPU; for one on a GPU, whose weights are claimed on that device, it does not matter.
+func kvcachedOutside(opts api.Options, cpu kvcached.CPU, f *ggml.GGML, weights uint64) uint64 {
+	if opts.UseMMap == nil || *opts.UseMMap {
+		return weights
+	}
+	tensors := f.Tensors().Items()
+	tied := !slices.ContainsFunc(tensors, func(t *ggml.Tensor) bool { return t.Name == "output.weight" })
+	var outside uint64
+	for _, t := range tensors {
+		switch {
+		case len(t.Shape) != 2 && len(t.Shape) != 3:
+		case t.Name == "token_embd.weight" && !tied:
+			// only looked up; without an output matrix a copy of it is that
+		case cpu.Repacks(t.Type(), t.Shape[0], t.Shape[1], len(t.Shape) == 3):
+			outside += t.Size()
+		}
+	}
+	return outside
+}
+
+// kvcachedPrepare refuses a model that does not fit with a *kvcached.LimitError; its lease is taken when its child is
+// started. With elastic memory off it only spells out what the user may have written in another way, for the child to read.
 func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adapters, projectors []string, kvCacheType string, config LlamaServerConfig) error {
 	manager := kvcached.Default()
 	if manager == nil {
@@ -65,31 +88,42 @@ func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adap
 	}
 
 	need := KVCachedNeed(modelPath, f, adapters, projectors, config.DraftModelPath, kvCacheType)
-	cache := manager.NewKVCache(modelPath, need)
-	if err := cache.Allocate(int(need.Total())); err != nil {
+	if err := manager.Check(modelPath, need); err != nil {
 		slog.Warn("kvcached: model refused, no runner is started", "model", modelPath, "error", err)
 		return err
 	}
-	for name, value := range cache.Env() {
-		env[name] = value
+	return nil
+}
+
+// kvcachedLease takes the lease for a child that is about to be started, and puts into its environment where its slot is.
+func (s *llamaServerRunner) kvcachedLease(manager *kvcached.Manager) error {
+	l := s.launch
+	need := KVCachedNeed(l.modelPath, s.ggml, l.adapters, l.projectors, l.config.DraftModelPath, l.kvCacheType)
+	need.Outside = kvcachedOutside(l.opts, kvcached.ThisCPU(), s.ggml, need.Weights)
+	cache := manager.NewKVCache(l.modelPath, need)
+	if err := cache.Allocate(int(need.Total())); err != nil {
+		return err
 	}
-	slog.Info("kvcached: lease taken", "model", manager.Name(modelPath), "slot", cache.Slot(),
-		"weights", kvcached.FormatSize(need.Weights), "first_kv_step", kvcached.FormatSize(need.FirstStep))
+	for name, value := range cache.Env() {
+		l.extraEnvs[name] = value
+	}
+	slog.Info("kvcached: lease taken", "model", manager.Name(l.modelPath), "slot", cache.Slot(),
+		"weights", kvcached.FormatSize(need.Weights), "outside_the_library", kvcached.FormatSize(need.Outside),
+		"first_kv_step", kvcached.FormatSize(need.FirstStep))
 	return nil
 }
 
 // kvcachedStart starts the child by the function given. A lease ends with its child, so that a child started anew for the
 // same runner takes another first; one that cannot be started gives its lease back.
 func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error)) (*exec.Cmd, int, error) {
-	if kvcached.Default() != nil {
+	if manager := kvcached.Default(); manager != nil {
 		// Ollama takes a child for ended as soon as its status is known; what waits for it gives lease and variables back a
 		// moment later, and must not take the new child's.
 		if s.done != nil {
 			<-s.done
 		}
 		if s.kvcachedCache() == nil {
-			l := s.launch
-			if err := kvcachedPrepare(l.extraEnvs, l.modelPath, s.ggml, l.adapters, l.projectors, l.kvCacheType, l.config); err != nil {
+			if err := s.kvcachedLease(manager); err != nil {
 				return nil, 0, err
 			}
 		}

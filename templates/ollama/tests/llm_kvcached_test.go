@@ -191,14 +191,13 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
 	ledger := kvcachedManager(t, 1<<30)
 	path, f := kvcachedModel(t)
-	env := map[string]string{}
-	if err := kvcachedPrepare(env, path, f, nil, nil, "", LlamaServerConfig{}); err != nil {
-		t.Fatal(err)
-	}
 	runner := &llamaServerRunner{
 		ggml:   f,
 		done:   make(chan struct{}),
-		launch: llamaServerLaunchConfig{modelPath: path, extraEnvs: env},
+		launch: llamaServerLaunchConfig{modelPath: path, extraEnvs: map[string]string{}},
+	}
+	if err := runner.kvcachedLease(kvcached.Default()); err != nil {
+		t.Fatal(err)
 	}
 	go func(done chan struct{}) {
 		time.Sleep(50 * time.Millisecond)
@@ -216,6 +215,65 @@ func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
 	slots, _ := ledger.Slots()
 	if slot != "2" || len(slots) != 1 || slots[0].Index != 2 {
 		t.Errorf("started with slot %q, leased: %+v", slot, slots)
+	}
+}
+
+// What the child maps through the library must not be charged beside its claims, what it holds otherwise must be.
+func TestKVCachedOutside(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "model.gguf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const block = 144 // bytes of 256 elements of Q4_K
+	tensor := func(name string, kind uint32, bytesInAll int, shape ...uint64) *ggml.Tensor {
+		return &ggml.Tensor{Name: name, Kind: kind, Shape: shape, WriterTo: bytes.NewReader(make([]byte, bytesInAll))}
+	}
+	tied := []*ggml.Tensor{
+		tensor("token_embd.weight", 12, 16*block, 256, 16),
+		tensor("blk.0.attn_q.weight", 12, 8*block, 256, 8),
+		tensor("blk.0.attn_k.weight", 12, 4*block, 256, 4), // no whole number of eight rows
+		tensor("blk.0.ffn_up_exps.weight", 12, 32*block, 256, 8, 4),
+		tensor("blk.0.attn_norm.weight", 0, 4*256, 256),
+	}
+	if err := ggml.WriteGGUF(file, ggml.KV{"general.architecture": "llama", "llama.block_count": uint32(1)}, tied); err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	f, err := LoadModel(file.Name(), 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	yes, no := true, false
+	for _, c := range []struct {
+		mapped *bool
+		cpu    kvcached.CPU
+		want   uint64
+	}{
+		{nil, kvcached.CPU{AVX2: true}, 7777},
+		{&yes, kvcached.CPU{AVX2: true}, 7777},
+		{&no, kvcached.CPU{}, 0},
+		{&no, kvcached.CPU{AVX2: true}, (16 + 8 + 32) * block},
+	} {
+		if got := kvcachedOutside(api.Options{Runner: api.Runner{UseMMap: c.mapped}}, c.cpu, f, 7777); got != c.want {
+			t.Errorf("mapped %v, %+v: %d, want %d", c.mapped, c.cpu, got, c.want)
+		}
+	}
+
+	ledger := kvcachedManager(t, 1<<30)
+	path, f := kvcachedModel(t)
+	for _, mapped := range []*bool{&yes, &no} {
+		runner := &llamaServerRunner{ggml: f, launch: llamaServerLaunchConfig{
+			modelPath: path, extraEnvs: map[string]string{}, opts: api.Options{Runner: api.Runner{UseMMap: mapped}},
+		}}
+		if err := runner.kvcachedLease(kvcached.Default()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	need := KVCachedNeed(path, f, nil, nil, "", "")
+	slots, _ := ledger.Slots()
+	if slots[0].Fixed != need.Weights || slots[1].Fixed != 0 || slots[0].Lease != need.Total() || slots[1].Lease != need.Total() {
+		t.Errorf("%+v; need %+v", slots, need)
 	}
 }
 
