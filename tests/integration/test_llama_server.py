@@ -261,16 +261,18 @@ def test_commands_between_the_steps_of_a_running_request(start: Start) -> None:
 
 def test_kvcached_is_off_unless_asked_for(start: Start) -> None:
     requests_of = [("GET", "/kvcached"), *(("POST", f"/kvcached/{name}") for name in COMMANDS)]
-    for env, named in (
-        ({"OLLAMA_KVCACHED_ENABLED": "1"}, "OLLAMA_KVCACHED_HTTP=1"),
-        ({"OLLAMA_KVCACHED_HTTP": "1"}, "OLLAMA_KVCACHED_ENABLED=1"),
-    ):
-        with start(PATCHED, "-c", "512", *ONE, env=env) as server:
-            for method, path in requests_of:
-                answer = call(server, method, path)
-                assert answer.status_code == 501
-                assert answer.json()["error"]["type"] == "not_supported_error"
-                assert named in answer.json()["error"]["message"]
+    with start(PATCHED, "-c", "512", *ONE, env={"OLLAMA_KVCACHED_ENABLED": "1"}) as server:
+        for method, path in requests_of:
+            answer = call(server, method, path)
+            assert answer.status_code == 501
+            assert answer.json()["error"]["type"] == "not_supported_error"
+            assert "OLLAMA_KVCACHED_HTTP=1" in answer.json()["error"]["message"]
+    answers = []
+    for side in (PATCHED, STOCK):  # switched off there is no such path
+        with start(side, "-c", "512", *ONE, env={"OLLAMA_KVCACHED_HTTP": "1"}) as server:
+            answers.append([(a.status_code, a.content) for a in (call(server, *one) for one in requests_of)])
+    assert answers[0] == answers[1]
+    assert {status for status, _ in answers[0]} == {404}
 
 
 def test_kvcached_is_behind_the_key_and_not_for_web_pages(start: Start) -> None:
@@ -500,6 +502,32 @@ def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
         assert "kvcached: drafts are given up" in server.log_text()
         assert stream.error is None
         stream.must_equal(alone)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_a_draft_model_without_room_ends_one_request(start: Start, models: Path, steps: int) -> None:
+    """Its cache grows behind the target's, so which of the two meets the limit is a matter of one step."""
+    words = ("-c", "12288", "-np", "2", "-b", "256", "--no-kv-unified")
+    drafts = ("--spec-type", "draft-simple", "-md", str(models / "one.gguf"))
+    wanted = body(prompt_ids(600, 7), 300, id_slot=0, ignore_eos=True, n_probs=2)
+
+    def one(server: Server) -> Stream:
+        stream = Stream(server, wanted)
+        stream.wait()
+        return stream
+
+    alone, _ = measured(start, words, one)
+    _, charge = measured(start, (*words, *drafts), one)
+    with start(PATCHED, *words, *drafts, env=limited(charge + steps * STEP)) as server:
+        stream = Stream(server, wanted)
+        wait_until(lambda: len(stream.tokens) > 2, 20, every=0.01)
+        refused = call(server, "POST", "/completion", body=body(prompt_ids(3500, 9), 8, id_slot=1))
+        stream.wait()
+        assert refused.status_code == 503
+        assert is_refusal(refused.json()["error"])
+        assert stream.error is None
+        stream.must_equal(alone)
+        assert ask(server, prompt_ids(40, 3), 8)["tokens"]
 
 
 def test_a_sleeper_that_cannot_wake_refuses_and_keeps_its_prompts(start: Start) -> None:

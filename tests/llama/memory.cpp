@@ -258,6 +258,45 @@ int check_retry(const environment & elastic) {
     return ok ? 0 : 1;
 }
 
+// -------------------------------------------------------------------------------------------------------- shift --
+
+// with one stream a shift maps nothing that is not mapped already
+int check_shift(const environment & elastic) {
+    const auto work = [](reporter & to) {
+        llama_log_set(quiet, nullptr);
+        llama_model_ptr   model = make_model(find_arch("llama"));
+        llama_context_ptr ctx   = make_context(*model, CONFIGS[0], 65536, 4);
+        session s(*model, *ctx);
+        to.begin("grow");
+        for (int i = 0; i < 5; ++i) {
+            s.grow(60, { 0 });
+        }
+        to.figure("before", double(mapped()));
+        to.begin("shift");
+        llama_memory_seq_rm(s.mem, 0, 0, 100);
+        llama_memory_seq_add(s.mem, 0, 100, -1, -100);
+        s.pos[0] -= 100;
+        to.value("shifted", s.grow(20, { 0 })); // throws where it is refused
+        to.figure("after", double(mapped()));
+    };
+    const outcome stock = in_child({ { "OLLAMA_KVCACHED_ENABLED", "0" } }, 120, work);
+    const outcome free  = in_child(elastic, 120, work);
+    bool ok = ended_well(stock, "shift") && ended_well(free, "shift");
+    if (ok) {
+        // the compute buffer grows for the shift's own graph, and one step of cells may be made ready
+        environment tight = elastic;
+        tight.emplace_back("KVCACHED_LIMIT", std::to_string((long long) (free.figures.at("after") + STEP)));
+        const outcome ours = in_child(tight, 120, work);
+        ok = ended_well(ours, "shift");
+        if (ok) {
+            ok = ours.values == stock.values && free.values == stock.values;
+            printf("{\"check\": \"shift\", \"ok\": %s, \"before\": %.0f, \"after\": %.0f}\n", ok ? "true" : "false",
+                   ours.figures.at("before"), ours.figures.at("after"));
+        }
+    }
+    return ok ? 0 : 1;
+}
+
 // --------------------------------------------------------------------------------------------------------- head --
 
 // ggml-cuda reads the number of the device and the address where its own buffers have them

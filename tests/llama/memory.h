@@ -12,6 +12,9 @@ int check_fault(const environment & elastic);
 // a decode that finds no room takes what a sequence that has gone left, at once
 int check_retry(const environment & elastic);
 
+// a shift needs no more room than the cells have
+int check_shift(const environment & elastic);
+
 // the context of an elastic buffer begins like one of ggml-cuda
 int check_head(const environment & elastic);
 
