@@ -280,15 +280,17 @@ class Region(Closing):
         """Make every page touching the range usable, or none."""
         self._range("ensure", offset, length)
 
+    def ensure_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The same for several ranges (offset, length) as one call: all of them or none."""
+        self._ranges("ensure", ranges)
+
     def prepare(self, offset: int, length: int) -> None:
         """Ask that unmapped pages of the range be mapped ahead of an ensure."""
         self._range("prepare", offset, length)
 
     def prepare_ranges(self, ranges: Iterable[tuple[int, int]]) -> None:
         """The same for several ranges (offset, length), worked off in their order; none: forgets the last request."""
-        pairs = [RangeStruct(number("offset", off), number("length", length)) for off, length in ranges]
-        array = (RangeStruct * len(pairs))(*pairs)
-        self._context._call(f"prepare {len(pairs)} ranges", "prepare_ranges", self._open(), array, len(pairs))
+        self._ranges("prepare", ranges)
 
     def release(self, offset: int, length: int) -> None:
         """Drop the content of all pages wholly inside the range; their memory stays for reuse until a trim."""
@@ -353,6 +355,12 @@ class Region(Closing):
         where = f"{function.replace('_', ' ')} {length} bytes at {offset}"
         start, size = number("offset", offset), number("length", length)
         self._context._call(where, function, self._open(), start, size, *out)
+
+    def _ranges(self, what: str, ranges: Iterable[tuple[int, int]]) -> None:
+        pairs = [RangeStruct(number("offset", off), number("length", length)) for off, length in ranges]
+        array = (RangeStruct * len(pairs))(*pairs)
+        where = f"{what} {len(pairs)} ranges"
+        self._context._call(where, f"{what}_ranges", self._open(), array, len(pairs))
 
     def _open(self) -> int:
         self._context._open()

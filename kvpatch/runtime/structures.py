@@ -239,6 +239,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "region_size": (c_size_t, [_REGION]),
     "region_page_size": (c_size_t, [_REGION]),
     "ensure": (c_int, [_REGION, c_size_t, c_size_t]),
+    "ensure_ranges": (c_int, [_REGION, POINTER(RangeStruct), c_size_t]),
     "prepare": (c_int, [_REGION, c_size_t, c_size_t]),
     "prepare_ranges": (c_int, [_REGION, POINTER(RangeStruct), c_size_t]),
     "release": (c_int, [_REGION, c_size_t, c_size_t]),

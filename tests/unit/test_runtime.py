@@ -389,6 +389,19 @@ def test_dropping_the_last_reference_gives_everything_back(lib: Library, path: P
     assert ledger.slots() == ()
 
 
+def test_several_ranges_together(lib: Library) -> None:
+    with Context(Options(ledger=False, limit=4 * 4096), library=lib) as context:
+        region = context.reserve(MIB)
+        region.ensure_ranges((page * 4096, 4096) for page in (3, 9, 5))
+        assert (context.stats().mapped, context.stats().ensures) == (3 * 4096, 1)
+        with pytest.raises(CallError, match="cannot ensure 3 ranges: KVCACHED_E_LIMIT"):
+            region.ensure_ranges([(0, 1), (4 * 4096, 1), (9 * 4096, 1)])
+        with pytest.raises(CallError, match="cannot ensure 2 ranges: KVCACHED_E_INVAL"):
+            region.ensure_ranges([(0, 4096), (MIB, 1)])
+        region.ensure_ranges([])
+        assert context.stats().mapped == 3 * 4096
+
+
 def test_several_ranges_ahead(lib: Library) -> None:
     with Context(Options(ledger=False, lookahead="inline"), library=lib) as context:
         region = context.reserve(MIB)

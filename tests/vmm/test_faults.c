@@ -6,6 +6,8 @@ static void forget_tags(int *tags, size_t first, size_t end) {
   for (size_t i = first; i < end; i++) tags[i] = -1;
 }
 
+static void sleep_all(scene *s) { CHECK_OK(kvcached_sleep(s->ctx, KVCACHED_ALL_KINDS, 100, NULL)); }
+
 static int do_ensure(scene *s) {
   int err = kvcached_ensure(s->kv, s->page, (KV_PAGES - 2) * s->page);
   fault_clear(); /* looking is not part of it */
@@ -22,6 +24,23 @@ static int do_ensure_large(scene *s) {
   return err;
 }
 TEST(faults, ensure_large) { drill(&(operation){.name = "ensure_large", .run = do_ensure_large}); }
+
+/* Unmapped pages, idle ones, such as are in use: as one call. */
+static const size_t several[][2] = {{9, 4}, {2, 1}, {13, 1}, {5, 1}};
+static int do_ensure_ranges(scene *s) {
+  kvcached_range_t ranges[4];
+  for (size_t k = 0; k < 4; k++) ranges[k] = (kvcached_range_t){several[k][0] * s->page, several[k][1] * s->page};
+  int err = kvcached_ensure_ranges(s->kv, ranges, 4);
+  fault_clear();
+  for (size_t k = 0; k < 4 && !err; k++)
+    for (size_t i = several[k][0]; i < several[k][0] + several[k][1]; i++)
+      if (drill_layout[i] != 'e') CHECK(holds_ends(s->kv, i, 0));
+  return err;
+}
+TEST(faults, ensure_ranges) { drill(&(operation){.name = "ranges", .run = do_ensure_ranges}); }
+TEST(faults, ensure_ranges_asleep) {
+  drill(&(operation){.name = "ranges", .set = sleep_all, .run = do_ensure_ranges, .leaves = SOME_REGIONS});
+}
 
 /* At the limit: idle pages give way, or one by one go into the pool. */
 static void at_the_limit(scene *s) {
@@ -82,7 +101,6 @@ static int do_unreserve(scene *s) {
 }
 TEST(faults, unreserve) { drill(&(operation){.name = "unreserve", .run = do_unreserve}); }
 
-static void sleep_all(scene *s) { CHECK_OK(kvcached_sleep(s->ctx, KVCACHED_ALL_KINDS, 100, NULL)); }
 TEST(faults, unreserve_asleep) {
   drill(&(operation){.name = "unreserve", .set = sleep_all, .run = do_unreserve});
 }

@@ -20,13 +20,16 @@ static size_t slow_find(const model *m, size_t first, size_t end, uint8_t state)
   return first;
 }
 
-static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max, size_t skip_first,
-                        size_t skip_end, size_t *first) {
+static int in_spans(size_t i, kvc_spans spans) {
+  for (size_t k = 0; k < spans.n; k++)
+    if (i >= spans.at[k].first && i < spans.at[k].end) return 1;
+  return 0;
+}
+
+static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max, kvc_spans skip, size_t *first) {
   for (size_t last = end; last > 0; last--) {
     size_t n = 0;
-    while (n < max && n < last && m->state[last - 1 - n] == state &&
-           !(last - 1 - n >= skip_first && last - 1 - n < skip_end))
-      n++;
+    while (n < max && n < last && m->state[last - 1 - n] == state && !in_spans(last - 1 - n, skip)) n++;
     if (n) {
       *first = last - n;
       return n;
@@ -62,8 +65,13 @@ static void check_questions(const kvc_pages *p, const model *m, uint32_t *seed) 
   CHECK(memcmp(got, count, sizeof(count)) == 0);
 
   size_t end = next_random(seed) % (N + 1), max = 1 + next_random(seed) % 20, x = 0, y = 0;
-  size_t n = kvc_pages_last(p, state, end, max, a, b, &x);
-  CHECK_EQ(n, slow_last(m, state, end, max, a, b, &y));
+  kvc_span skip[3];
+  size_t n_skip = 0;
+  for (size_t from = a; n_skip < 3 && from < N; from = skip[n_skip++].end + next_random(seed) % 5)
+    skip[n_skip] = (kvc_span){from, from + 1 + next_random(seed) % (N - from < 8 ? N - from : 8)};
+  if (next_random(seed) % 4 == 0) n_skip = 0;
+  size_t n = kvc_pages_last(p, state, end, max, (kvc_spans){skip, n_skip}, &x);
+  CHECK_EQ(n, slow_last(m, state, end, max, (kvc_spans){skip, n_skip}, &y));
   if (n) CHECK_EQ(x, y);
 }
 
@@ -102,7 +110,7 @@ TEST_HOST(pages, empty_ranges) {
   CHECK_EQ(kvc_pages_run(&p, 5, 5), 0);
   CHECK_EQ(kvc_pages_run_alike(&p, 5, 5), 0);
   CHECK_EQ(kvc_pages_find(&p, 5, 5, KVC_UNMAPPED), 5);
-  CHECK_EQ(kvc_pages_last(&p, KVC_UNMAPPED, 0, 1, 0, 0, &at), 0);
+  CHECK_EQ(kvc_pages_last(&p, KVC_UNMAPPED, 0, 1, (kvc_spans){0}, &at), 0);
   kvc_pages_free(&p);
   CHECK(p.state == NULL);
 }

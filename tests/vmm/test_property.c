@@ -97,6 +97,28 @@ static void ensure(model *m, model_region *q) {
   }
 }
 
+static void ensure_ranges(model *m, model_region *q) {
+  kvcached_range_t ranges[5];
+  char in[MAX_PAGES] = {0};
+  size_t n = 2 + pick(m, 4);
+  uint64_t more = 0;
+  for (size_t k = 0; k < n; k++) {
+    range g = some_pages(m, q);
+    if (k > 0 && pick(m, 8) == 0) g.len = g.n = 0;
+    ranges[k] = (kvcached_range_t){g.off, g.len};
+    memset(in + g.first, 1, g.n);
+  }
+  for (size_t i = 0; i < q->n; i++)
+    if (in[i] && q->tag[i] < 0) more += page_bytes(q, i);
+  int ok = wakes(m, 0, q) && fits(m, more);
+  EXPECT(m, kvcached_ensure_ranges(q->r, ranges, n), ok);
+  for (size_t i = 0; i < q->n && ok; i++) {
+    if (!in[i] || q->tag[i] >= 0) continue;
+    CHECK(holds_ends(q->r, i, 0));
+    set_tag(q, i, 1 + (int)pick(m, 255));
+  }
+}
+
 static void release(model *m, model_region *q) {
   range g = some_pages(m, q);
   WORKS(m, kvcached_release(q->r, g.off, g.len));
@@ -220,9 +242,9 @@ static void step(model *m) {
     case 0:
     case 1:
     case 2:
-    case 3:
+    case 3: ensure(m, q); break;
     case 4:
-    case 5: ensure(m, q); break;
+    case 5: ensure_ranges(m, q); break;
     case 6:
     case 7:
     case 8: release(m, q); break;

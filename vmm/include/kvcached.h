@@ -300,6 +300,16 @@ KVCACHED_API size_t kvcached_region_page_size(kvcached_region_t region);
    E_DEVICE; E_FORKED; those of wake. len 0 does nothing. */
 KVCACHED_API int kvcached_ensure(kvcached_region_t region, size_t off, size_t len);
 
+typedef struct kvcached_range {
+  size_t off, len;
+} kvcached_range_t;
+
+/* The same for every page touching one of several ranges, all of them or none, as one call: one claim and one
+   wait for zeros, where a call for each would wait for each. Ranges may be in any order and overlap; those of
+   len 0 count for nothing. Memory of the context that is idle in one of them is used there, and not given up
+   for another. E_INVAL also: ranges is NULL, and n is not 0. E_NOMEM also: none for the list. */
+KVCACHED_API int kvcached_ensure_ranges(kvcached_region_t region, const kvcached_range_t *ranges, size_t n);
+
 /* Asks that the unmapped pages touching [off, off+len) be mapped and zeroed ahead of an ensure, which then
    makes no driver call for them: in the background (LOOKAHEAD_THREAD), or at most eight pages on this call
    (INLINE). Takes room only where it is free. Pages made ready count as mapped and as idle, and are given up
@@ -309,9 +319,6 @@ KVCACHED_API int kvcached_prepare(kvcached_region_t region, size_t off, size_t l
 /* The same for several ranges, in their order; they may be anywhere and overlap. Copied. The at most eight
    pages of INLINE are those of all of them together. n 0 (ranges may be NULL then) forgets the region's
    request. On failure the previous request holds. E_INVAL a range, or NULL; E_NOMEM; E_FORKED. */
-typedef struct kvcached_range {
-  size_t off, len;
-} kvcached_range_t;
 KVCACHED_API int kvcached_prepare_ranges(kvcached_region_t region, const kvcached_range_t *ranges, size_t n);
 
 /* Declares the content of all pages lying wholly inside [off, off+len) dropped. Ensured ones become idle:

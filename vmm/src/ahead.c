@@ -11,10 +11,6 @@
 
 /* ---- what was asked for ---- */
 
-typedef struct kvc_span {
-  size_t first, end; /* pages */
-} kvc_span;
-
 void kvc_forget_ahead(struct kvcached_region *r) {
   free(r->ahead.rest);
   r->ahead = (kvc_ahead){0};
@@ -45,7 +41,8 @@ static int choose(struct kvcached_region *r, size_t most, size_t *first, size_t 
   }
   *n = kvc_pages_run(&r->pages, *first, a->end);
   if (*n > most) *n = most;
-  *claimed = kvc_missing(r, *first, *first + *n, KVC_UNMAPPED);
+  const kvc_span span = {*first, *first + *n};
+  *claimed = kvc_missing(r, (kvc_spans){&span, 1}, KVC_UNMAPPED);
   if (*claimed > 0 && kvc_claim(ctx, *claimed, 0, &shortage)) {
     kvc_log(ctx, KVCACHED_LOG_DEBUG, "no look-ahead: %s", kvcached_last_error());
     kvc_forget_ahead(r);
@@ -74,7 +71,8 @@ static void prepare_inline(struct kvcached_region *r) {
     kept = 0;
     if (!err) {
       quiet = 1;
-      err = kvc_fill_missing(r, first, first + n, KVC_UNMAPPED, KVC_READY, 1, 0, &kept);
+      const kvc_span span = {first, first + n};
+      err = kvc_fill_missing(r, (kvc_spans){&span, 1}, KVC_UNMAPPED, KVC_READY, 1, 0, &kept);
     }
     if (err) {
       kvc_log(ctx, KVCACHED_LOG_WARN, "no look-ahead: %s", kvcached_last_error());

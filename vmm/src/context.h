@@ -43,7 +43,7 @@ typedef struct kvc_counters {
    and there is no rest either. */
 typedef struct kvc_ahead {
   size_t first, end;
-  struct kvc_span *rest;
+  kvc_span *rest;
   size_t at, n;
 } kvc_ahead;
 
@@ -141,8 +141,10 @@ int kvc_reserve(struct kvcached_ctx *ctx, int kind, size_t size, size_t unit, st
 /* Frees a region, its pages, copy and claims; the mutex is held. Where the device is not idle its memory
    stays for a later trim. */
 void kvc_region_free(struct kvcached_region *region, int idle);
-/* Pages [first, end) ensured or none, waking the region if it sleeps; the mutex is held, and let go of while
-   waiting for room. */
+/* The pages of all spans ensured or none, waking the region if it sleeps; the mutex is held, and let go of
+   while waiting for room. */
+int kvc_ensure_spans(struct kvcached_region *region, kvc_spans spans);
+/* The same for pages [first, end). */
 int kvc_ensure(struct kvcached_region *region, size_t first, size_t end);
 /* The same; `before` (end - first bytes) has the states that the pages had just before. */
 int kvc_ensure_noting(struct kvcached_region *region, size_t first, size_t end, uint8_t *before);
@@ -183,15 +185,15 @@ int kvc_settle(struct kvcached_ctx *ctx, kvc_lane lane);
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
              uint64_t *kept);
 
-/* The same for a claim of kvc_missing() bytes made since the mutex was taken. queued: there is work on the
-   caller's lane already that has to be finished too. */
-int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
+/* The same for several spans, all or none, and a claim of kvc_missing() bytes made since the mutex was taken.
+   queued: there is work on the caller's lane already that has to be finished too. */
+int kvc_fill_missing(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero,
                      int queued, uint64_t *kept);
 
 /* Bytes of the `from` pages of [first, end) that have no memory: all but stuck ones. */
 uint64_t kvc_without(const struct kvcached_region *r, size_t first, size_t end, uint8_t from);
-/* The same, without what the pool has for them. */
-uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, uint8_t from);
+/* The same of several spans, without what the pool has for them. */
+uint64_t kvc_missing(const struct kvcached_region *r, kvc_spans spans, uint8_t from);
 
 /* Takes the memory of a run of pages of one state, which become `to`. Handles go to the pool as far as
    `to_pool` bytes allow and the rest is destroyed. *freed: bytes whose claim the caller has to drop
@@ -248,10 +250,11 @@ typedef struct kvc_room {
 
 /* Bytes that a trim would give back. */
 uint64_t kvc_spare_bytes(const struct kvcached_ctx *ctx);
-/* Gives up ready, idle and pooled memory of the context for about `bytes` of it, but pages [first, end) of
-   `keep`; the mutex is held throughout. Returns bytes unclaimed. The thread's error detail stays. */
+/* Gives up ready, idle and pooled memory of the context for about `bytes` of it, but the spans of `keep`
+   (NULL: all may go); the mutex is held throughout. Returns bytes unclaimed. The thread's error detail stays.
+ */
 uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
-                          size_t first, size_t end);
+                          kvc_spans spans);
 /* Lets go of the mutex, has another process make room, takes the mutex again. 1: something may have changed,
    try again. 0: nobody is left to ask, or the time is up. The thread's error detail stays. */
 int kvc_make_room(struct kvcached_ctx *ctx, kvc_room *room);

@@ -10,8 +10,8 @@
 /* What one call has done so far. */
 typedef struct ensuring {
   struct kvcached_region *r;
-  size_t first, end;
-  uint8_t *before; /* or NULL */
+  kvc_spans spans;
+  uint8_t *before; /* of the first span, which is the only one then; or NULL */
   kvc_room room;
   int quiet; /* the device has been idle since the mutex was taken */
 } ensuring;
@@ -33,26 +33,30 @@ static uint32_t wait_left(ensuring *e) {
 
 /* ---- room in the own context ---- */
 
-static uint64_t range_bytes(const struct kvcached_region *r, size_t first, size_t end, uint8_t state) {
+static uint64_t span_bytes(const ensuring *e, uint8_t state) {
+  const struct kvcached_region *r = e->r;
   uint64_t bytes = 0;
-  for (size_t i = kvc_pages_find(&r->pages, first, end, state), n; i < end;
-       i = kvc_pages_find(&r->pages, i + n, end, state)) {
-    n = kvc_pages_run(&r->pages, i, end);
-    bytes += kvc_bytes(r, i, n);
+  for (size_t k = 0; k < e->spans.n; k++) {
+    size_t end = e->spans.at[k].end;
+    for (size_t i = kvc_pages_find(&r->pages, e->spans.at[k].first, end, state), n; i < end;
+         i = kvc_pages_find(&r->pages, i + n, end, state)) {
+      n = kvc_pages_run(&r->pages, i, end);
+      bytes += kvc_bytes(r, i, n);
+    }
   }
   return bytes;
 }
 
-/* Memory that could be given up: idle and ready pages but those of the range, and what of the pool the range
-   has no use for. */
+/* Memory that could be given up: idle and ready pages but those of the spans, and what of the pool these have
+   no use for. */
 static uint64_t spare_bytes(const ensuring *e) {
   const struct kvcached_region *r = e->r;
   const struct kvcached_ctx *ctx = r->ctx;
   uint64_t spare = kvc_pool_bytes(ctx), use = 0;
   for (const struct kvcached_region *q = ctx->regions; q; q = q->next)
     spare += kvc_state_bytes(q, KVC_IDLE) + kvc_state_bytes(q, KVC_READY);
-  spare -= range_bytes(r, e->first, e->end, KVC_IDLE) + range_bytes(r, e->first, e->end, KVC_READY);
-  use = range_bytes(r, e->first, e->end, KVC_UNMAPPED) - kvc_missing(r, e->first, e->end, KVC_UNMAPPED);
+  spare -= span_bytes(e, KVC_IDLE) + span_bytes(e, KVC_READY);
+  use = span_bytes(e, KVC_UNMAPPED) - kvc_missing(r, e->spans, KVC_UNMAPPED);
   return spare - use;
 }
 
@@ -69,12 +73,12 @@ static uint64_t move_idle(ensuring *e, uint64_t bytes) {
     for (struct kvcached_region *q = ctx->regions; q && moved < bytes; q = q->next) {
       if (q->copy.reading) continue; /* the helper reads pages that may have been released meanwhile */
       size_t end = q->unit == page ? q->pages.top : 0, at, n;
-      size_t skip_first = q == r ? e->first : 0, skip_end = q == r ? e->end : 0;
+      kvc_spans skip = q == r ? e->spans : (kvc_spans){0};
       uint64_t before = moved;
       while (moved < bytes && q->pages.count[states[s]] > 0) {
         size_t max = (size_t)((bytes - moved + page - 1) / page);
         uint64_t freed;
-        n = kvc_pages_last(&q->pages, states[s], end, max, skip_first, skip_end, &at);
+        n = kvc_pages_last(&q->pages, states[s], end, max, skip, &at);
         if (n == 0 || kvc_empty(q, at, n, KVC_UNMAPPED, (uint64_t)n * page, &freed)) break;
         kvc_unclaim(ctx, freed); /* those there was no entry for */
         moved += (uint64_t)n * page;
@@ -96,7 +100,7 @@ static int own_room(ensuring *e, uint64_t bytes, uint64_t usable) {
   } else if (bytes <= usable) {
     got = move_idle(e, bytes);
   }
-  if (e->quiet && got == 0) got = kvc_give_up_idle(ctx, bytes, e->r, e->first, e->end);
+  if (e->quiet && got == 0) got = kvc_give_up_idle(ctx, bytes, e->r, e->spans);
   (void)kvc_detail_again(KVCACHED_OK, &d);
   if (got == 0) return 0;
   kvc_log(ctx, KVCACHED_LOG_DEBUG, "%s; %" PRIu64 " bytes of idle memory used", d.text, got);
@@ -106,7 +110,7 @@ static int own_room(ensuring *e, uint64_t bytes, uint64_t usable) {
 /* After E_LIMIT or E_NOMEM: 1 when it is worth another try. */
 static int find_room(ensuring *e, int err, const kvc_shortage *shortage) {
   struct kvcached_region *r = e->r;
-  uint64_t spare = spare_bytes(e), missing = kvc_missing(r, e->first, e->end, KVC_UNMAPPED);
+  uint64_t spare = spare_bytes(e), missing = kvc_missing(r, e->spans, KVC_UNMAPPED);
   int others;
   if (kvc_wait_busy(r->ctx)) { /* they are ready now: room that may be had */
     e->quiet = 0;
@@ -133,11 +137,11 @@ static int find_room(ensuring *e, int err, const kvc_shortage *shortage) {
 /* ---- the pages themselves ---- */
 
 /* Idle pages that were stuck may lack access. */
-static int open_stuck(struct kvcached_region *r, size_t first, size_t end) {
+static int open_stuck(struct kvcached_region *r, const kvc_span *span) {
   struct kvcached_ctx *ctx = r->ctx;
   size_t n;
-  for (size_t i = first; i < end && r->pages.n_stuck > 0; i += n) {
-    n = kvc_pages_run_alike(&r->pages, i, end);
+  for (size_t i = span->first; i < span->end && r->pages.n_stuck > 0; i += n) {
+    n = kvc_pages_run_alike(&r->pages, i, span->end);
     if (r->pages.state[i] != KVC_IDLE || !r->pages.stuck[i]) continue;
     int err = kvc_call(ctx)->access(ctx->device, &r->space, kvc_off(r, i), kvc_bytes(r, i, n));
     if (err) return err;
@@ -147,12 +151,12 @@ static int open_stuck(struct kvcached_region *r, size_t first, size_t end) {
 }
 
 /* Queues zeros for the idle pages. */
-static int zero_idle(struct kvcached_region *r, size_t first, size_t end, int *queued) {
+static int zero_idle(struct kvcached_region *r, const kvc_span *span, int *queued) {
   struct kvcached_ctx *ctx = r->ctx;
   size_t n;
-  for (size_t i = kvc_pages_find(&r->pages, first, end, KVC_IDLE); i < end;
-       i = kvc_pages_find(&r->pages, i + n, end, KVC_IDLE)) {
-    n = kvc_pages_run(&r->pages, i, end);
+  for (size_t i = kvc_pages_find(&r->pages, span->first, span->end, KVC_IDLE); i < span->end;
+       i = kvc_pages_find(&r->pages, i + n, span->end, KVC_IDLE)) {
+    n = kvc_pages_run(&r->pages, i, span->end);
     int err = kvc_call(ctx)->zero(ctx->device, KVC_LANE_CALLER, &r->space, kvc_off(r, i), kvc_bytes(r, i, n));
     if (err) return err;
     *queued = 1;
@@ -164,30 +168,38 @@ static int zero_idle(struct kvcached_region *r, size_t first, size_t end, int *q
 static int ensure_once(ensuring *e, kvc_shortage *shortage) {
   struct kvcached_region *r = e->r;
   struct kvcached_ctx *ctx = r->ctx;
-  size_t count[KVC_STATES];
-  kvc_pages_count(&r->pages, e->first, e->end, count);
-  if (e->before) memcpy(e->before, r->pages.state + e->first, e->end - e->first);
-  uint64_t claimed = kvc_missing(r, e->first, e->end, KVC_UNMAPPED), kept = 0;
+  const kvc_span *spans = e->spans.at;
+  if (e->before) memcpy(e->before, r->pages.state + spans->first, spans->end - spans->first);
+  size_t unmapped = 0, idle = 0, count[KVC_STATES];
+  for (size_t k = 0; k < e->spans.n; k++) {
+    kvc_pages_count(&r->pages, spans[k].first, spans[k].end, count);
+    unmapped += count[KVC_UNMAPPED];
+    idle += count[KVC_IDLE];
+  }
+  uint64_t claimed = kvc_missing(r, e->spans, KVC_UNMAPPED), kept = 0;
   int err = KVCACHED_OK, queued = 0;
-  if (count[KVC_UNMAPPED] > 0 && !ctx->device->edits_anytime) err = be_quiet(e);
+  if (unmapped > 0 && !ctx->device->edits_anytime) err = be_quiet(e);
   if (!err && claimed > 0) err = kvc_claim(ctx, claimed, wait_left(e), shortage);
   if (err) return err;
-  if (count[KVC_IDLE] > 0) {
-    err = open_stuck(r, e->first, e->end);
-    if (!err) err = zero_idle(r, e->first, e->end, &queued);
-    if (!err && count[KVC_UNMAPPED] == 0) {
+  if (idle > 0) {
+    for (size_t k = 0; k < e->spans.n && !err; k++) {
+      err = open_stuck(r, &spans[k]);
+      if (!err) err = zero_idle(r, &spans[k], &queued);
+    }
+    if (!err && unmapped == 0) {
       err = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
       if (!err) queued = 0;
     }
     if (err) goto fail;
   }
-  if (count[KVC_UNMAPPED] > 0) {
-    err = kvc_fill_missing(r, e->first, e->end, KVC_UNMAPPED, KVC_ENSURED, 1, queued, &kept);
+  if (unmapped > 0) {
+    err = kvc_fill_missing(r, e->spans, KVC_UNMAPPED, KVC_ENSURED, 1, queued, &kept);
     queued = 0; /* it waits for what was queued, also where it fails */
     if (err) goto fail;
   }
   kvc_hostcopy_invalidate(r);
-  kvc_pages_set(&r->pages, e->first, e->end - e->first, KVC_ENSURED);
+  for (size_t k = 0; k < e->spans.n; k++)
+    kvc_pages_set(&r->pages, spans[k].first, spans[k].end - spans[k].first, KVC_ENSURED);
   r->counters.ensures++;
   ctx->counters.ensures++;
   return KVCACHED_OK;
@@ -210,36 +222,57 @@ static void bound_pool(struct kvcached_ctx *ctx) {
   if (freed > 0) kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
 }
 
+static int all_ensured(const ensuring *e) {
+  const kvc_pages *pages = &e->r->pages;
+  for (const kvc_span *s = e->spans.at; s < e->spans.at + e->spans.n; s++)
+    if (pages->state[s->first] != KVC_ENSURED || kvc_pages_run(pages, s->first, s->end) != s->end - s->first)
+      return 0;
+  return 1;
+}
+
+static int any_busy(const ensuring *e) {
+  for (const kvc_span *s = e->spans.at; s < e->spans.at + e->spans.n; s++)
+    if (kvc_pages_find(&e->r->pages, s->first, s->end, KVC_BUSY) < s->end) return 1;
+  return 0;
+}
+
+static int ensure(ensuring *e) {
+  struct kvcached_region *r = e->r;
+  struct kvcached_ctx *ctx = r->ctx;
+  for (;;) {
+    if (kvc_sleeps(r)) {
+      int err = kvc_wake_region(r);
+      if (err) return err;
+      e->quiet = 0;
+      continue;
+    }
+    if (all_ensured(e)) {
+      if (e->before) memset(e->before, KVC_ENSURED, e->spans.at->end - e->spans.at->first);
+      return KVCACHED_OK;
+    }
+    if (ctx->worker_region == r && (r->copy.reading || any_busy(e))) {
+      kvc_wait_worker(r);
+      e->quiet = 0;
+      continue;
+    }
+    kvc_shortage shortage = {0};
+    int err = ensure_once(e, &shortage);
+    if ((err == KVCACHED_E_LIMIT || err == KVCACHED_E_NOMEM) && find_room(e, err, &shortage)) continue;
+    bound_pool(ctx);
+    kvc_publish(ctx);
+    return err;
+  }
+}
+
+int kvc_ensure_spans(struct kvcached_region *r, kvc_spans spans) {
+  return ensure(&(ensuring){.r = r, .spans = spans});
+}
+
 int kvc_ensure(struct kvcached_region *r, size_t first, size_t end) {
   return kvc_ensure_noting(r, first, end, NULL);
 }
 
 int kvc_ensure_noting(struct kvcached_region *r, size_t first, size_t end, uint8_t *before) {
-  struct kvcached_ctx *ctx = r->ctx;
-  ensuring e = {.r = r, .first = first, .end = end, .before = before};
-  for (;;) {
-    if (kvc_sleeps(r)) {
-      int err = kvc_wake_region(r);
-      if (err) return err;
-      e.quiet = 0;
-      continue;
-    }
-    if (first == end) return KVCACHED_OK;
-    if (r->pages.state[first] == KVC_ENSURED && kvc_pages_run(&r->pages, first, end) == end - first) {
-      if (before) memset(before, KVC_ENSURED, end - first);
-      return KVCACHED_OK;
-    }
-    if (ctx->worker_region == r &&
-        (r->copy.reading || kvc_pages_find(&r->pages, first, end, KVC_BUSY) < end)) {
-      kvc_wait_worker(r);
-      e.quiet = 0;
-      continue;
-    }
-    kvc_shortage shortage = {0};
-    int err = ensure_once(&e, &shortage);
-    if ((err == KVCACHED_E_LIMIT || err == KVCACHED_E_NOMEM) && find_room(&e, err, &shortage)) continue;
-    bound_pool(ctx);
-    kvc_publish(ctx);
-    return err;
-  }
+  const kvc_span span = {first, end};
+  return ensure(&(ensuring){.r = r, .spans = {&span, first < end}, .before = before});
 }

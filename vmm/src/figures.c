@@ -210,7 +210,7 @@ static void drain(struct kvcached_ctx *ctx) {
             kvcached_last_error());
     return;
   }
-  freed = kvc_give_up_idle(ctx, above, NULL, 0, 0);
+  freed = kvc_give_up_idle(ctx, above, NULL, (kvc_spans){0});
   kvc_log(ctx, KVCACHED_LOG_INFO, "%" PRIu64 " of %" PRIu64 " idle bytes above the new limit given back",
           freed, above);
   kvc_reap(ctx);

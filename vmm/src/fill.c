@@ -134,23 +134,26 @@ void kvc_run_undo(kvc_run *run, uint8_t from, uint64_t *held) {
 
 /* ---- all runs of a range ---- */
 
-/* Of the `from` pages of a range: bytes in all and of stuck ones, and how many handles the pool has for them.
+/* Of the `from` pages of some spans: bytes in all and of stuck ones, and how many handles the pool has for
+ * them.
  */
 typedef struct kvc_need {
   uint64_t all, stuck, pooled;
 } kvc_need;
 
-static kvc_need need_of(const struct kvcached_region *r, size_t first, size_t end, uint8_t from) {
+static kvc_need need_of(const struct kvcached_region *r, kvc_spans spans, uint8_t from) {
   kvc_need need = {0};
   size_t fresh = 0, n;
-  for (size_t i = first; i < end; i += n) {
-    n = kvc_pages_run_alike(&r->pages, i, end);
-    if (r->pages.state[i] != from) continue;
-    need.all += kvc_bytes(r, i, n);
-    if (r->pages.stuck[i])
-      need.stuck += kvc_bytes(r, i, n);
-    else
-      fresh += n;
+  for (const kvc_span *s = spans.at; s < spans.at + spans.n; s++) {
+    for (size_t i = s->first; i < s->end; i += n) {
+      n = kvc_pages_run_alike(&r->pages, i, s->end);
+      if (r->pages.state[i] != from) continue;
+      need.all += kvc_bytes(r, i, n);
+      if (r->pages.stuck[i])
+        need.stuck += kvc_bytes(r, i, n);
+      else
+        fresh += n;
+    }
   }
   size_t have = can_pool(r) ? r->ctx->pool.n : 0;
   need.pooled = (uint64_t)(fresh < have ? fresh : have) * r->unit; /* can_pool: no page is short */
@@ -158,18 +161,19 @@ static kvc_need need_of(const struct kvcached_region *r, size_t first, size_t en
 }
 
 uint64_t kvc_without(const struct kvcached_region *r, size_t first, size_t end, uint8_t from) {
-  kvc_need need = need_of(r, first, end, from);
+  const kvc_span span = {first, end};
+  kvc_need need = need_of(r, (kvc_spans){&span, 1}, from);
   return need.all - need.stuck;
 }
 
-uint64_t kvc_missing(const struct kvcached_region *r, size_t first, size_t end, uint8_t from) {
-  kvc_need need = need_of(r, first, end, from);
+uint64_t kvc_missing(const struct kvcached_region *r, kvc_spans spans, uint8_t from) {
+  kvc_need need = need_of(r, spans, from);
   return need.all - need.stuck - need.pooled;
 }
 
 /* Undoes the runs of [first, end): all of them are complete, but stuck ones, which are not this call's.
- *given: bytes of handles from the pool in them; which run has them does not matter. */
-static void undo_runs(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint64_t given,
+ *given: bytes of handles from the pool in them, to be given back; which run has them does not matter. */
+static void undo_runs(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint64_t *given,
                       int running, uint64_t *held) {
   size_t n;
   for (size_t i = first; i < end; i += n) {
@@ -177,34 +181,46 @@ static void undo_runs(struct kvcached_region *r, size_t first, size_t end, uint8
     if (r->pages.state[i] != from || r->pages.stuck[i]) continue;
     kvc_run run = {.r = r, .first = i, .n = n, .mapped = n, .running = running};
     run.made = r->pages.handle ? n : 0;
-    size_t back = (size_t)(given / r->unit);
+    size_t back = (size_t)(*given / r->unit);
     run.given = back < n ? back : n;
-    given -= (uint64_t)run.given * r->unit;
+    *given -= (uint64_t)run.given * r->unit;
     kvc_run_undo(&run, from, held);
   }
 }
 
-static int fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
-                int queued, const kvc_need *need, uint64_t claimed, uint64_t *kept) {
+/* Makes the runs of one span. On failure run->first is where it stopped. *given: bytes from the pool. */
+static int make_runs(kvc_run *run, const kvc_span *span, uint8_t from, uint64_t *given, int *queued) {
+  struct kvcached_region *r = run->r;
+  size_t n;
+  int err = KVCACHED_OK;
+  for (size_t i = span->first; i < span->end; i += n) {
+    n = kvc_pages_run_alike(&r->pages, i, span->end);
+    if (r->pages.state[i] != from) continue;
+    *run = (kvc_run){.r = r, .first = i, .n = n, .lane = KVC_LANE_CALLER, .zero = run->zero};
+    if (r->pages.stuck[i]) {
+      err = open_run(run, 1);
+    } else {
+      kvc_run_begin(run);
+      err = kvc_run_make(run);
+    }
+    *queued |= run->queued;
+    if (err) return err;
+    *given += (uint64_t)run->given * r->unit;
+  }
+  return KVCACHED_OK;
+}
+
+static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero, int queued,
+                const kvc_need *need, uint64_t claimed, uint64_t *kept) {
   struct kvcached_ctx *ctx = r->ctx;
   uint64_t given = 0; /* bytes from the pool */
-  size_t i, n;
   int err = KVCACHED_OK;
-  kvc_run run = {.r = r};
+  const kvc_span *s = spans.at, *end = spans.at + spans.n;
+  kvc_run run = {.r = r, .zero = zero};
   *kept = 0;
-  for (i = first; i < end; i += n) {
-    n = kvc_pages_run_alike(&r->pages, i, end);
-    if (r->pages.state[i] != from) continue;
-    run = (kvc_run){.r = r, .first = i, .n = n, .lane = KVC_LANE_CALLER, .zero = zero};
-    if (r->pages.stuck[i]) {
-      err = open_run(&run, 1);
-    } else {
-      kvc_run_begin(&run);
-      err = kvc_run_make(&run);
-    }
-    queued |= run.queued;
+  for (; s < end; s++) {
+    err = make_runs(&run, s, from, &given, &queued);
     if (err) break;
-    given += (uint64_t)run.given * r->unit;
   }
   if (!err && queued) {
     err = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
@@ -215,17 +231,23 @@ static int fill(struct kvcached_region *r, size_t first, size_t end, uint8_t fro
     uint64_t held = 0, borrowed = given;
     run.running = queued && !kvc_settle(ctx, KVC_LANE_CALLER);
     run.queued = 0;
-    if (i < end && !r->pages.stuck[i]) {
-      borrowed += (uint64_t)run.given * r->unit;
-      kvc_run_undo(&run, from, &held);
+    if (s < end) { /* in the middle of it */
+      size_t stopped = run.first;
+      if (!r->pages.stuck[stopped]) {
+        borrowed += (uint64_t)run.given * r->unit;
+        kvc_run_undo(&run, from, &held);
+      }
+      undo_runs(r, s->first, stopped, from, &given, run.running, &held);
     }
-    undo_runs(r, first, i, from, given, run.running, &held);
+    for (; s > spans.at; s--) undo_runs(r, s[-1].first, s[-1].end, from, &given, run.running, &held);
     *kept = held - borrowed; /* what was lent by the pool is claimed already */
     return kvc_detail_again(err, &d);
   }
-  for (i = first; i < end; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
-    if (r->pages.state[i] == from) kvc_pages_set(&r->pages, i, n, to);
+  for (s = spans.at; s < end; s++) {
+    for (size_t i = s->first, n; i < s->end; i += n) {
+      n = kvc_pages_run(&r->pages, i, s->end);
+      if (r->pages.state[i] == from) kvc_pages_set(&r->pages, i, n, to);
+    }
   }
   kvc_unclaim(ctx, claimed + need->stuck + need->pooled - need->all);
   return KVCACHED_OK;
@@ -233,14 +255,15 @@ static int fill(struct kvcached_region *r, size_t first, size_t end, uint8_t fro
 
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
              uint64_t *kept) {
-  kvc_need need = need_of(r, first, end, from);
-  return fill(r, first, end, from, to, zero, 0, &need, need.all - need.stuck, kept);
+  const kvc_span span = {first, end};
+  kvc_need need = need_of(r, (kvc_spans){&span, 1}, from);
+  return fill(r, (kvc_spans){&span, 1}, from, to, zero, 0, &need, need.all - need.stuck, kept);
 }
 
-int kvc_fill_missing(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
+int kvc_fill_missing(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero,
                      int queued, uint64_t *kept) {
-  kvc_need need = need_of(r, first, end, from);
-  return fill(r, first, end, from, to, zero, queued, &need, need.all - need.stuck - need.pooled, kept);
+  kvc_need need = need_of(r, spans, from);
+  return fill(r, spans, from, to, zero, queued, &need, need.all - need.stuck - need.pooled, kept);
 }
 
 /* ---- taking memory ---- */

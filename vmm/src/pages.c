@@ -91,19 +91,23 @@ void kvc_pages_set_stuck(kvc_pages *pages, size_t first, size_t n) {
   }
 }
 
-size_t kvc_pages_last(const kvc_pages *pages, uint8_t state, size_t end, size_t max, size_t skip_first,
-                      size_t skip_end, size_t *first) {
+size_t kvc_pages_last(const kvc_pages *pages, uint8_t state, size_t end, size_t max, kvc_spans skip,
+                      size_t *first) {
   const uint8_t *s = pages->state;
   size_t i = end < pages->top || state == KVC_UNMAPPED ? end : pages->top;
+  size_t k = skip.n,
+         floor = 0; /* the spans from k on begin at i or above; a run goes no further than floor */
   for (; i > 0; i--) {
-    if (i - 1 >= skip_first && i - 1 < skip_end) {
-      i = skip_first + 1; /* the loop's own step lands on skip_first */
+    while (k > 0 && skip.at[k - 1].first >= i) k--;
+    floor = k > 0 ? skip.at[k - 1].end : 0;
+    if (i <= floor) {
+      i = skip.at[k - 1].first + 1; /* the loop's own step lands on its first page */
       continue;
     }
     if (s[i - 1] == state) break;
   }
   size_t last = i;
-  while (i > 0 && last - i < max && s[i - 1] == state && !(i - 1 >= skip_first && i - 1 < skip_end)) i--;
+  while (i > floor && last - i < max && s[i - 1] == state) i--;
   *first = i;
   return last - i;
 }

@@ -17,6 +17,17 @@ enum {
   KVC_STATES = 7
 };
 
+/* Pages [first, end). */
+typedef struct kvc_span {
+  size_t first, end;
+} kvc_span;
+
+/* Several, in ascending order; none is empty, none overlaps another. */
+typedef struct kvc_spans {
+  const kvc_span *at;
+  size_t n;
+} kvc_spans;
+
 typedef struct kvc_pages {
   uint8_t *state;
   /* 1: memory that could not be unmapped when it should have been, which may lack access. Only IDLE and
@@ -52,8 +63,8 @@ void kvc_pages_set(kvc_pages *pages, size_t first, size_t n, uint8_t state);
 void kvc_pages_set_stuck(kvc_pages *pages, size_t first, size_t n);
 
 /* The last run of pages in `state` that ends at or before end, at most max pages of it (its upper ones), none
-   of it in [skip_first, skip_end). Returns its length, 0 when there is none; *first is its first page. */
-size_t kvc_pages_last(const kvc_pages *pages, uint8_t state, size_t end, size_t max, size_t skip_first,
-                      size_t skip_end, size_t *first);
+   of it in `skip`. Returns its length, 0 when there is none; *first is its first page. */
+size_t kvc_pages_last(const kvc_pages *pages, uint8_t state, size_t end, size_t max, kvc_spans skip,
+                      size_t *first);
 
 #endif

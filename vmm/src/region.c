@@ -200,6 +200,48 @@ int kvcached_ensure(kvcached_region_t r, size_t off, size_t len) {
   return err;
 }
 
+static int by_first(const void *a, const void *b) {
+  size_t x = ((const kvc_span *)a)->first, y = ((const kvc_span *)b)->first;
+  return (x > y) - (x < y);
+}
+
+/* The pages that ranges touch, as spans in order. Those that meet are one: its pages are one run. */
+static size_t to_spans(const struct kvcached_region *r, const kvcached_range_t *ranges, size_t n,
+                       kvc_span *out) {
+  size_t count = 0, last = 0;
+  for (size_t i = 0; i < n; i++) {
+    size_t off = ranges[i].off, len = ranges[i].len;
+    if (len > 0) out[count++] = (kvc_span){off / r->unit, (off + len - 1) / r->unit + 1};
+  }
+  if (count == 0) return 0;
+  qsort(out, count, sizeof(*out), by_first);
+  for (size_t i = 1; i < count; i++) {
+    if (out[i].first > out[last].end)
+      out[++last] = out[i];
+    else if (out[i].end > out[last].end)
+      out[last].end = out[i].end;
+  }
+  return last + 1;
+}
+
+int kvcached_ensure_ranges(kvcached_region_t r, const kvcached_range_t *ranges, size_t n) {
+  int err = kvc_check_range(r, 0, 0);
+  if (!err && n > 0 && !ranges) err = kvc_fail(KVCACHED_E_INVAL, "ranges is NULL, and n is %zu", n);
+  for (size_t i = 0; i < n && !err; i++) err = kvc_check_range(r, ranges[i].off, ranges[i].len);
+  if (err) return err;
+  kvc_span few[64], *list = n <= sizeof(few) / sizeof(*few) ? few : calloc(n, sizeof(*list));
+  if (!list) return kvc_fail(KVCACHED_E_NOMEM, "no memory for %zu ranges", n);
+  kvc_spans spans = {list, to_spans(r, ranges, n, list)};
+  if (spans.n > 0) {
+    struct kvcached_ctx *ctx = r->ctx;
+    (void)pthread_mutex_lock(&ctx->mutex);
+    err = kvc_note_limit(r, kvc_ensure_spans(r, spans));
+    (void)pthread_mutex_unlock(&ctx->mutex);
+  }
+  if (list != few) free(list);
+  return err;
+}
+
 /* The released pages of one run of a state; 1 when that changed something. */
 static int release_run(struct kvcached_region *r, size_t first, size_t n) {
   switch (r->pages.state[first]) {

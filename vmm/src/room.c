@@ -12,18 +12,18 @@
 /* Gives back memory of pages in `state` until *freed is `bytes` or there is none. The highest addresses of
    the newest region go first. What fails is left out; the first error is returned. */
 static int take_state(struct kvcached_ctx *ctx, uint8_t state, uint64_t bytes,
-                      const struct kvcached_region *keep, size_t first, size_t end, uint64_t *freed) {
+                      const struct kvcached_region *keep, kvc_spans spans, uint64_t *freed) {
   int err = KVCACHED_OK;
   for (struct kvcached_region *r = ctx->regions; r && *freed < bytes; r = r->next) {
     /* Pages that the helper reads may have been released meanwhile, but not taken. */
     if (r->copy.reading) continue;
-    size_t skip_first = r == keep ? first : 0, skip_end = r == keep ? end : 0;
+    kvc_spans skip = r == keep ? spans : (kvc_spans){0};
     size_t stop = r->pages.n, at, n;
     int taken = 0;
     while (*freed < bytes && r->pages.count[state] > 0) {
       uint64_t pages = (bytes - *freed - 1) / r->unit + 1, got = 0;
       size_t most = pages < r->pages.n ? (size_t)pages : r->pages.n;
-      n = kvc_pages_last(&r->pages, state, stop, most, skip_first, skip_end, &at);
+      n = kvc_pages_last(&r->pages, state, stop, most, skip, &at);
       if (n == 0) break;
       stop = at;
       int e = kvc_empty(r, at, n, KVC_UNMAPPED, 0, &got);
@@ -59,7 +59,7 @@ static int take_pool(struct kvcached_ctx *ctx, uint64_t bytes, uint64_t *freed) 
 uint64_t kvc_spare_bytes(const struct kvcached_ctx *ctx) { return kvc_pool_bytes(ctx) + idle_bytes(ctx); }
 
 uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
-                          size_t first, size_t end) {
+                          kvc_spans spans) {
   kvc_detail d = kvc_detail_keep();
   uint64_t freed = 0;
   int err = take_pool(ctx, bytes, &freed);
@@ -67,8 +67,8 @@ uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct
     /* A kernel launched before its pages were released may still be reading them. */
     int e = kvc_call(ctx)->quiesce(ctx->device);
     if (!e) {
-      e = take_state(ctx, KVC_READY, bytes, keep, first, end, &freed);
-      int e2 = take_state(ctx, KVC_IDLE, bytes, keep, first, end, &freed);
+      e = take_state(ctx, KVC_READY, bytes, keep, spans, &freed);
+      int e2 = take_state(ctx, KVC_IDLE, bytes, keep, spans, &freed);
       if (!e) e = e2;
     }
     if (!err) err = e;
@@ -91,9 +91,9 @@ int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
   if (all <= keep) return KVCACHED_OK;
   uint64_t bytes = all - keep;
   int err = take_pool(ctx, bytes, freed);
-  int e = take_state(ctx, KVC_READY, bytes, NULL, 0, 0, freed);
+  int e = take_state(ctx, KVC_READY, bytes, NULL, (kvc_spans){0}, freed);
   if (!err) err = e;
-  e = take_state(ctx, KVC_IDLE, bytes, NULL, 0, 0, freed);
+  e = take_state(ctx, KVC_IDLE, bytes, NULL, (kvc_spans){0}, freed);
   if (!err) err = e;
   if (*freed > 0) {
     ctx->counters.trims++;

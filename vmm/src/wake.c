@@ -167,7 +167,8 @@ static int wake(struct kvcached_ctx *ctx, unsigned kinds, struct kvcached_region
        short; while they are, regions may be woken, released and freed by others: from the start then. */
     uint64_t want = shortage.group > shortage.card ? shortage.group : shortage.card;
     if (kvc_wait_busy(ctx)) continue;
-    if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, 0, 0) > 0) continue;
+    if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, (kvc_spans){0}) > 0)
+      continue;
     if (err == KVCACHED_E_LIMIT && (shortage.group > 0 || shortage.card == 0)) break;
     room.charged = err == KVCACHED_E_LIMIT;
     if (!kvc_make_room(ctx, &room)) break;
