@@ -16,8 +16,7 @@ static struct {
   unsigned skip, n, refused;
 } schedules[REFUSE_KINDS];
 
-void refuse_calls(refuse_kind kind, const void *base, size_t size,
-                  unsigned skip, unsigned n) {
+void refuse_calls(refuse_kind kind, const void *base, size_t size, unsigned skip, unsigned n) {
   pthread_mutex_lock(&mutex);
   schedules[kind].base = (uintptr_t)base;
   schedules[kind].end = (uintptr_t)base + size;
@@ -49,19 +48,15 @@ static int refused(refuse_kind kind, const void *p, size_t len) {
     }
   }
   pthread_mutex_unlock(&mutex);
-  if (hit)
-    errno = ENOMEM;
+  if (hit) errno = ENOMEM;
   return hit;
 }
 
 int mprotect(void *p, size_t len, int prot) {
-  return refused(REFUSE_PROTECT, p, len)
-             ? -1
-             : (int)syscall(SYS_mprotect, p, len, prot);
+  return refused(REFUSE_PROTECT, p, len) ? -1 : (int)syscall(SYS_mprotect, p, len, prot);
 }
 
 int madvise(void *p, size_t len, int advice) {
-  if (advice == MADV_DONTNEED && refused(REFUSE_DISCARD, p, len))
-    return -1;
+  if (advice == MADV_DONTNEED && refused(REFUSE_DISCARD, p, len)) return -1;
   return (int)syscall(SYS_madvise, p, len, advice);
 }

@@ -13,8 +13,7 @@ typedef enum refuse_kind {
 
 /* Of the calls of a kind that touch [base, base + size), by this program, `n`
    are refused after the next `skip` (ENOMEM). */
-void refuse_calls(refuse_kind kind, const void *base, size_t size,
-                  unsigned skip, unsigned n);
+void refuse_calls(refuse_kind kind, const void *base, size_t size, unsigned skip, unsigned n);
 /* How many were since then; and none is any more. */
 unsigned refuse_end(refuse_kind kind);
 

@@ -29,7 +29,8 @@ TEST(faults, ensure_large) { drill(&(operation){.name = "ensure_large", .run = d
 static const size_t several[][2] = {{9, 4}, {2, 1}, {13, 1}, {5, 1}};
 static int do_ensure_ranges(scene *s) {
   kvcached_range_t ranges[4];
-  for (size_t k = 0; k < 4; k++) ranges[k] = (kvcached_range_t){several[k][0] * s->page, several[k][1] * s->page};
+  for (size_t k = 0; k < 4; k++)
+    ranges[k] = (kvcached_range_t){several[k][0] * s->page, several[k][1] * s->page};
   int err = kvcached_ensure_ranges(s->kv, ranges, 4);
   fault_clear();
   for (size_t k = 0; k < 4 && !err; k++)

@@ -26,7 +26,8 @@ static int in_spans(size_t i, kvc_spans spans) {
   return 0;
 }
 
-static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max, kvc_spans skip, size_t *first) {
+static size_t slow_last(const model *m, uint8_t state, size_t end, size_t max, kvc_spans skip,
+                        size_t *first) {
   for (size_t last = end; last > 0; last--) {
     size_t n = 0;
     while (n < max && n < last && m->state[last - 1 - n] == state && !in_spans(last - 1 - n, skip)) n++;

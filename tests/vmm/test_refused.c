@@ -14,10 +14,8 @@ static const size_t page_sizes[] = {4096, 2 * MIB};
 /* From now on the first run that is to lose its memory cannot be discarded, and
    does not get its access back in `times` tries. */
 static void refuse_both(kvcached_region_t r, unsigned times) {
-  refuse_calls(REFUSE_DISCARD, kvcached_region_base(r), kvcached_region_size(r),
-               0, 1);
-  refuse_calls(REFUSE_PROTECT, kvcached_region_base(r), kvcached_region_size(r),
-               1, times);
+  refuse_calls(REFUSE_DISCARD, kvcached_region_base(r), kvcached_region_size(r), 0, 1);
+  refuse_calls(REFUSE_PROTECT, kvcached_region_base(r), kvcached_region_size(r), 1, times);
 }
 static void were_refused(unsigned times) {
   CHECK_EQ(refuse_end(REFUSE_DISCARD), 1);
@@ -66,8 +64,7 @@ static void trim_refused(size_t page) {
   kvcached_shutdown(ctx);
 }
 TEST_HOST(refused, trim) {
-  for (int i = 0; i < 2; i++)
-    trim_refused(page_sizes[i]);
+  for (int i = 0; i < 2; i++) trim_refused(page_sizes[i]);
 }
 
 /* Pages made ready lose that, the zeros in them may be gone. */
@@ -81,8 +78,7 @@ static void ready_refused(size_t page) {
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
   CHECK_OK(kvcached_prepare(r, 0, 2 * page));
   CHECK_EQ(stats_of(ctx).ready, 2 * page);
-  refuse_calls(REFUSE_DISCARD, page_at(r, 0), 2 * page, 0,
-               2); /* idle after the first, and tried as such */
+  refuse_calls(REFUSE_DISCARD, page_at(r, 0), 2 * page, 0, 2); /* idle after the first, and tried as such */
   refuse_calls(REFUSE_PROTECT, page_at(r, 0), 2 * page, 1, 1);
   CHECK_IS(kvcached_trim(ctx, 0, NULL), KVCACHED_E_SYSTEM);
   CHECK_EQ(refuse_end(REFUSE_DISCARD), 2);
@@ -95,8 +91,7 @@ static void ready_refused(size_t page) {
   kvcached_shutdown(ctx);
 }
 TEST_HOST(refused, trim_of_ready_pages) {
-  for (int i = 0; i < 2; i++)
-    ready_refused(page_sizes[i]);
+  for (int i = 0; i < 2; i++) ready_refused(page_sizes[i]);
 }
 
 /* Access is taken in parts where a run is several mappings, and may be refused
@@ -107,8 +102,7 @@ TEST_HOST(refused, half_of_a_run) {
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
   CHECK_OK(kvcached_ensure(r, 0, 8 * page));
   CHECK_OK(kvcached_release(r, 0, 8 * page));
-  CHECK(mprotect(page_at(r, 0), 4 * page, PROT_NONE) ==
-        0); /* what a refusal half way leaves */
+  CHECK(mprotect(page_at(r, 0), 4 * page, PROT_NONE) == 0); /* what a refusal half way leaves */
   refuse_calls(REFUSE_PROTECT, page_at(r, 0), 8 * page, 0, 2);
   CHECK_IS(kvcached_trim(ctx, 0, NULL), KVCACHED_E_NOMEM);
   CHECK_EQ(refuse_end(REFUSE_PROTECT), 2);
@@ -137,8 +131,7 @@ static void sleep_refused(size_t page, unsigned times) {
   put(weights, 0, 'w', 2 * page);
   refuse_both(kv, times);
   size_t freed;
-  CHECK_IS(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, &freed),
-           KVCACHED_E_SYSTEM);
+  CHECK_IS(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, &freed), KVCACHED_E_SYSTEM);
   were_refused(times);
   /* They have memory, so that they count as mapped, but sleep. */
   CHECK_EQ(kv->pages.count[KVC_ASLEEP], times == 1 ? 0 : 4);
@@ -160,8 +153,7 @@ static void sleep_refused(size_t page, unsigned times) {
 }
 TEST_HOST(refused, sleep) {
   for (int i = 0; i < 2; i++)
-    for (unsigned times = 1; times < 3; times++)
-      sleep_refused(page_sizes[i], times);
+    for (unsigned times = 1; times < 3; times++) sleep_refused(page_sizes[i], times);
 }
 
 /* ---- write, unreserve ---- */
@@ -170,12 +162,10 @@ TEST_HOST(refused, sleep) {
 static void write_refused(size_t page) {
   kvcached_ctx_t ctx = open_alone(page, UINT64_MAX);
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
-  CHECK_OK(kvcached_ensure(
-      r, 0, page)); /* their run is not the first one of the region */
+  CHECK_OK(kvcached_ensure(r, 0, page)); /* their run is not the first one of the region */
   fault_set(FAULT_WRITE, 1, KVCACHED_E_DEVICE);
   refuse_calls(REFUSE_DISCARD, page_at(r, 2), 2 * page, 0, 1);
-  refuse_calls(REFUSE_PROTECT, page_at(r, 2), 2 * page, 2,
-               1); /* mapped, taken, given back */
+  refuse_calls(REFUSE_PROTECT, page_at(r, 2), 2 * page, 2, 1); /* mapped, taken, given back */
   CHECK_IS(kvcached_write(r, 2 * page, "content", 8), KVCACHED_E_DEVICE);
   were_refused(1);
   fault_clear();
@@ -188,8 +178,7 @@ static void write_refused(size_t page) {
   kvcached_shutdown(ctx);
 }
 TEST_HOST(refused, write) {
-  for (int i = 0; i < 2; i++)
-    write_refused(page_sizes[i]);
+  for (int i = 0; i < 2; i++) write_refused(page_sizes[i]);
 }
 
 /* A region that ends keeps its memory, counted, until a later trim has it. */
@@ -198,8 +187,7 @@ static void unreserve_refused(size_t page) {
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
   CHECK_OK(kvcached_ensure(r, 0, 4 * page));
   const void *base = page_at(r, 0);
-  refuse_calls(REFUSE_DISCARD, base, 8 * page, 0,
-               5); /* the run, then each of its pages */
+  refuse_calls(REFUSE_DISCARD, base, 8 * page, 0, 5); /* the run, then each of its pages */
   refuse_calls(REFUSE_PROTECT, base, 8 * page, 1, 1);
   kvcached_unreserve(r);
   CHECK_EQ(refuse_end(REFUSE_DISCARD), 5);
@@ -213,8 +201,7 @@ static void unreserve_refused(size_t page) {
   kvcached_shutdown(ctx);
 }
 TEST_HOST(refused, unreserve) {
-  for (int i = 0; i < 2; i++)
-    unreserve_refused(page_sizes[i]);
+  for (int i = 0; i < 2; i++) unreserve_refused(page_sizes[i]);
 }
 
 /* ---- any backend: both calls fail, whatever they left ---- */
@@ -232,8 +219,7 @@ TEST(refused, by_any_backend) {
   kvcached_ctx_t ctx = open_with(&o);
   kvcached_region_t r = reserve(ctx, KVCACHED_KV, 8 * page);
   CHECK_OK(kvcached_ensure(r, 0, 4 * page));
-  for (size_t i = 0; i < 4; i++)
-    put_ends(r, i, 'a' + (int)i);
+  for (size_t i = 0; i < 4; i++) put_ends(r, i, 'a' + (int)i);
   CHECK_OK(kvcached_release(r, 3 * page, page));
   fault_set(FAULT_UNMAP, 1, KVCACHED_E_DEVICE);
   fault_set(FAULT_ACCESS, 1, KVCACHED_E_NOMEM);
@@ -242,19 +228,16 @@ TEST(refused, by_any_backend) {
   CHECK(is_stuck(r, 3, KVC_IDLE));
   fault_set(FAULT_UNMAP, 1, KVCACHED_E_DEVICE);
   fault_every(FAULT_ACCESS, 1, KVCACHED_E_NOMEM);
-  CHECK_IS(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, NULL),
-           KVCACHED_E_DEVICE);
+  CHECK_IS(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 1000, NULL), KVCACHED_E_DEVICE);
   CHECK_DETAIL("injected failure of unmap");
-  for (size_t i = 0; i < 3; i++)
-    CHECK(is_stuck(r, i, KVC_ASLEEP));
+  for (size_t i = 0; i < 3; i++) CHECK(is_stuck(r, i, KVC_ASLEEP));
   CHECK(is_stuck(r, 3, KVC_IDLE));
   check_context(ctx);
   CHECK_IS(kvcached_enter(ctx), KVCACHED_E_NOMEM);
   check_context(ctx);
   fault_clear();
   CHECK_OK(kvcached_enter(ctx));
-  for (size_t i = 0; i < 3; i++)
-    CHECK(holds_ends(r, i, 'a' + (int)i));
+  for (size_t i = 0; i < 3; i++) CHECK(holds_ends(r, i, 'a' + (int)i));
   CHECK_OK(kvcached_ensure(r, 0, 4 * page));
   CHECK(holds_ends(r, 3, 0));
   CHECK_EQ(r->pages.n_stuck, 0);

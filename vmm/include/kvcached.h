@@ -25,9 +25,10 @@
  * - Units: sizes, offsets and limits are bytes, times are milliseconds unless the name says _ns.
  * - Errors: functions returning int return KVCACHED_OK (0) or a negative kvcached_error. What went wrong in
  *   detail (numbers, names, errno) is in kvcached_last_error(). A call that fails leaves states, counts,
- *   claims and memory as they were, save that idle pages may have been given back to make room; and that pages
- *   which the system neither takes nor gives access to again are idle after, or asleep if they were to sleep,
- *   and keep their memory and its claim. The next ensure or wake gives them access, or fails; a trim takes them.
+ *   claims and memory as they were, save that idle pages may have been given back to make room; and that
+ *   pages which the system neither takes nor gives access to again are idle after, or asleep if they were to
+ *   sleep, and keep their memory and its claim. The next ensure or wake gives them access, or fails; a trim
+ *   takes them.
  * - Threads: any function may be called from any thread unless it says otherwise. Calls on one context are
  *   serialised, but the library's own helper thread works beside them. No handle may be used while or after
  *   it is being closed (shutdown, unreserve, ledger_close).
