@@ -1,10 +1,13 @@
 package llm
 
 import (
+	"bytes"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -128,11 +131,40 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 			}
 		}
 	}
-	cmd, port, err := start(s.launch, s.output)
+	var output io.Writer = s.output
+	if manager := kvcached.Default(); manager != nil && s.output != nil {
+		output = &kvcachedOutput{inner: output, status: s.status, limit: manager.Settings()}
+	}
+	cmd, port, err := start(s.launch, output)
 	if err != nil {
 		s.kvcachedFree()
 	}
 	return cmd, port, err
+}
+
+// kvcachedOutput passes a child's output on, and adds the limit to the child's errors where it was the reason that the child
+// could not load: what llama.cpp says itself is only that a buffer could not be had. Ollama acts on that, and tries again
+// without the other models; the client is to see why it is of no use.
+type kvcachedOutput struct {
+	inner  io.Writer
+	status *StatusWriter
+	limit  kvcached.Settings
+	said   bool
+}
+
+// Logged once a buffer that is mapped in full does not fit, so while a model is being loaded.
+var kvcachedNoRoom = regexp.MustCompile(`(?m)kvcached: (\S+ [^:\n]+): no room for (\d+) bytes: KVCACHED_E_LIMIT`)
+
+func (o *kvcachedOutput) Write(b []byte) (int, error) {
+	if !o.said && bytes.Contains(b, []byte("KVCACHED_E_LIMIT")) {
+		if match := kvcachedNoRoom.FindSubmatch(b); match != nil {
+			o.said = true
+			size, _ := strconv.ParseUint(string(match[2]), 10, 64)
+			defer o.status.AppendError(fmt.Sprintf("kvcached: no room for %s (%s) beside what is charged: the limit for all models together is %s, set by %s; raise it, or use a smaller model or context",
+				kvcached.FormatSize(size), match[1], kvcached.FormatSize(o.limit.Limit), o.limit.Source))
+		}
+	}
+	return o.inner.Write(b)
 }
 
 // kvcachedFree gives the lease of a child that has ended back. The variables go with it: the slot may be another's next.

@@ -310,6 +310,31 @@ func TestKVCachedRunnerThatCannotStart(t *testing.T) {
 	}
 }
 
+// llama.cpp's own words say nothing of the limit, and reach the client.
+func TestKVCachedLimitIsNamedWhereLoadingFails(t *testing.T) {
+	const upstream = "llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers\n"
+	const ours = "kvcached: CPU compute: no room for 21520416 bytes: KVCACHED_E_LIMIT: the limit leaves no room\n"
+	for text, want := range map[string]bool{
+		ours + ours + upstream: true,
+		upstream:               false,
+		"kvcached: no room for 4096 bytes: KVCACHED_E_LIMIT: a step of a request\n" + upstream: false,
+		"kvcached: CPU compute: out of memory for 4096 bytes: KVCACHED_E_NOMEM\n" + upstream:   false,
+	} {
+		var log bytes.Buffer
+		status := NewStatusWriter(&log)
+		output := &kvcachedOutput{inner: status, status: status, limit: kvcached.Settings{Limit: 20_000_000, Source: "a test"}}
+		for line := range strings.SplitAfterSeq(text, "\n") {
+			if _, err := output.Write([]byte(line)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		said := strings.Count(status.LastError(), "no room for 21.53 MB (CPU compute) beside what is charged: the limit for all models together is 20 MB, set by a test")
+		if (said == 1) != want || said > 1 || log.String() != text || !IsOutOfMemoryMessage(status.LastError()) {
+			t.Errorf("%q: %q, logged %q", text, status.LastError(), log.String())
+		}
+	}
+}
+
 func TestKVCachedOffChangesNothing(t *testing.T) {
 	path, f := kvcachedModel(t)
 	env := map[string]string{"A": "b"}

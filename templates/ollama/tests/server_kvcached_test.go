@@ -166,7 +166,7 @@ func TestKVCachedNeed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// 2 layers, K and V, 256 cells of 4 heads of 64 elements of 2 bytes
-	if got, want := llm.KVCachedNeed(path, f, nil, []string{path}, "", ""), (kvcached.Need{Weights: uint64(info.Size()), FirstStep: 2 * 2 * 256 * 4 * 64 * 2}); got != want {
+	if got, want := llm.KVCachedNeed(path, f, nil, []string{path}, "", ""), (kvcached.Need{Weights: uint64(info.Size()), FirstStep: 2 * 2 * 256 * 4 * 64 * 2, Outside: uint64(info.Size())}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	if got := llm.KVCachedNeed(path, f, []string{path + ".none"}, nil, "", "Q8_0").FirstStep; got != 2*2*256*8*34 {
