@@ -91,9 +91,11 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A model as /api/ps shows it. `kv` is its `kvcached` object, None when it has none."""
+    """A model as /api/ps shows it. `size` is Ollama's own figure, in bytes; `kv` is its `kvcached` object, None when it
+    has none."""
 
     name: str
+    size: int
     kv: Mapping[str, Any] | None
 
     def bytes(self, server: Server, key: str) -> int:
@@ -187,7 +189,9 @@ def loaded(server: Server) -> dict[str, Loaded]:
     for model in models:
         name = str(model.get("name", "")).removesuffix(":latest")
         kv = model.get("kvcached")
-        found[name] = Loaded(name=name, kv=kv if isinstance(kv, dict) else None)
+        found[name] = Loaded(
+            name=name, size=int(model.get("size", 0)), kv=kv if isinstance(kv, dict) else None
+        )
     return found
 
 

@@ -39,6 +39,9 @@ _SHORT = prompt_text(60, 11)
 _LONG_CELLS = 3000
 _LONG = prompt_text(_LONG_CELLS, 12)
 _START_SHARE = 10
+_LOG_ROUNDING = 2 * 10486  # bytes: sizes in a log have two decimals of a MiB
+# GB: less than a model's weights alone, and little more than those and the first KV step.
+_LESS_THAN_WEIGHTS, _NEXT_TO_NOTHING_LEFT = "0.001", "0.0035"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +71,14 @@ def check_ollama(recorder: Recorder, install: Install, made: Models, folder: Pat
         recorder.run("ollama: /api/ps agrees with the kernel", lambda: _memory(on, made.first))
     if found:
         # The models are in the store by now.
-        recorder.run("ollama: a limit below one model's need is refused", lambda: _refused(install, folder))
+        for name, limit, words in (
+            ("a limit below one model's need is refused", _LESS_THAN_WEIGHTS, (MEMORY, _FIRST, "limit")),
+            ("a limit that compute buffers pass is refused", _NEXT_TO_NOTHING_LEFT, (MEMORY, "limit")),
+        ):
+            recorder.run(f"ollama: {name}", partial(_refused, install, folder, limit, words))
+    if "on" in found:
+        on = found["on"]
+        recorder.run("ollama: models take turns under a limit", lambda: _turns(install, folder, on))
     for name, settings, config, needle in (
         ("a bad value", {ENABLED: "perhaps"}, None, ENABLED),
         ("a bad size", {ENABLED: "true", MEMORY: "lots"}, None, MEMORY),
@@ -178,6 +188,7 @@ def _figures(server: Server, instance: Instance, moment: str) -> dict[str, int]:
     if not isinstance(state, str) or not state:
         raise server.failed(f"/api/ps: kvcached.state of {_FIRST} is {state!r}")
     figures = {f"{moment}: {key}": value for key, value in kv_fields(server, model).items()}
+    figures[f"{moment}: size"] = model.size
     figures[f"{moment}: ledger"] = held.kv
     figures[f"{moment}: weights"] = held.weights
     figures[f"{moment}: compute"] = held.compute
@@ -277,15 +288,35 @@ def _memory(talk: Talk, model: models.TinyModel) -> Outcome:
         raise CheckFailed(
             f"{short} bytes mapped after a short prompt, {long} after a long one", figures=figures
         )
+    grown = memory["long: size"] - memory["short: size"]
+    if abs(grown - (long - short)) > _LOG_ROUNDING:
+        raise CheckFailed(f"`size` grew by {grown} bytes, what is mapped by {long - short}", figures=figures)
     return Outcome(f"{short}, then {long} of {reserved} bytes mapped", figures)
 
 
-def _refused(install: Install, folder: Path) -> Outcome:
-    """A megabyte is less than the model's weights alone."""
-    limit = "0.001"
-    instance = Instance(
-        install=install, folder=folder, name="limit", settings={ENABLED: "true", MEMORY: limit}
-    )
+def _limited(install: Install, folder: Path, name: str, limit: str) -> Instance:
+    return Instance(install=install, folder=folder, name=name, settings={ENABLED: "true", MEMORY: limit})
+
+
+def _turns(install: Install, folder: Path, talk: Talk) -> Outcome:
+    """Both models may be admitted, but buffers that no lease foresees fit for one: each must make the other go."""
+    limit = talk.memory["short: charge"] * 3 // 2
+    with serve(_limited(install, folder, "turns", f"{limit / 1e9:.6f}").spec(), folder) as server:
+        for model in (_FIRST, _SECOND, _FIRST):
+            text, before = generate(server, model, _SHORT, _TOKENS), talk.texts[f"{model}, turn 2"]
+            if text != before:
+                raise server.failed(f"{model} answered {text[:80]!r}, without a tight limit {before[:80]!r}")
+            left = loaded(server)
+            charge = sum(one.bytes(server, "charge") for one in left.values())
+            if set(left) != {model} or charge > limit:
+                raise server.failed(f"limit {limit}: {sorted(left)} are loaded, charged {charge} bytes")
+        stop(server, _FIRST)
+        wait_gone(server, [_FIRST])
+    return Outcome(f"one of two at a time within {limit} bytes", {"limit": limit})
+
+
+def _refused(install: Install, folder: Path, limit: str, words: tuple[str, ...]) -> Outcome:
+    instance = _limited(install, folder, "limit", limit)
     with serve(instance.spec(), folder) as server:
         body = {"model": _FIRST, "prompt": "ba", "raw": True, "stream": False}
         answer = server.request("POST", "/api/generate", json=body)
@@ -295,7 +326,7 @@ def _refused(install: Install, folder: Path) -> Outcome:
             message = str(answer.json()["error"])
         except (ValueError, KeyError, TypeError) as error:
             raise server.failed(f"the refusal is no JSON error: {answer.text[:300]}") from error
-        lacks = [word for word in (MEMORY, _FIRST, "limit") if word not in message]
+        lacks = [word for word in words if word not in message]
         if lacks:
             raise server.failed(f"the API error does not name {', '.join(lacks)}: {message}")
         if MEMORY not in _after_start(server.log_text()):
