@@ -1,7 +1,7 @@
 // Takes every architecture through the schedule, in four cache configurations, stock and elastic, and compares.
 //
 //   llama-archs compare [--arch NAME]... [--part I/N]   one JSON line a case, then one with the counts
-//   llama-archs memory|fault|retry|shift|head|ahead|control   the checks of memory.cpp, one JSON line a result
+//   llama-archs memory|fault|retry|shift|head|ahead|control   the checks of memory.cpp and room.cpp, one JSON line a result
 //
 // Exit 0: all compared cases are equal, all checks hold. 1: not. 2: usage.
 

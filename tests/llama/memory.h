@@ -1,7 +1,7 @@
 // Checks that need other runs than the schedule's. Each prints a JSON line a result and returns the exit code.
 #pragma once
 
-#include "child.h"
+#include "schedule.h"
 
 // at 256 tokens of a 64K context less than a tenth of the KV that stock allocates is mapped
 int check_memory(const environment & elastic);
@@ -27,3 +27,14 @@ int check_control(const environment & elastic);
 
 // a JSON string
 std::string json(const std::string & text);
+
+// ------------------------------------------------------------------------------------------------- shared by the checks --
+
+const double STEP = 2.0*2*256*256*2; // bytes of 256 cells of the llama model: K and V, two layers, 256 values, f16
+
+void quiet(ggml_log_level level, const char * text, void *);
+const arch_case & find_arch(const std::string & name);
+// KV, weights and compute buffers of all devices
+uint64_t mapped();
+// prints the result of a check whose run did not
+bool ended_well(const outcome & run, const char * what);
