@@ -151,6 +151,28 @@ TEST_HOST(system, locked_pages) {
   kvcached_shutdown(ctx);
 }
 
+/* The same of what sleeps: it wakes with its content, no longer locked. */
+TEST_HOST(system, locked_pages_sleep) {
+  const size_t page = 4096;
+  kvcached_ctx_t ctx = open_alone(page, UINT64_MAX);
+  kvcached_region_t r = reserve(ctx, KVCACHED_WEIGHTS, 8 * page);
+  const size_t size = kvcached_region_size(r);
+  CHECK_OK(kvcached_ensure(r, 0, size));
+  memset(kvcached_region_base(r), 'x', size);
+  if (mlock(kvcached_region_base(r), size) != 0) {
+    kvcached_shutdown(ctx);
+    SKIP("memory cannot be locked here");
+  }
+  size_t freed = 0;
+  CHECK_OK(kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 0, &freed));
+  CHECK_EQ(freed, size);
+  CHECK_EQ(stats_of(ctx).mapped, 0);
+  CHECK_OK(kvcached_wake(ctx, KVCACHED_ALL_KINDS));
+  CHECK(holds(r, 0, 'x', size));
+  CHECK_EQ(munlock(kvcached_region_base(r), size), 0); /* as who locked it does in the end */
+  kvcached_shutdown(ctx);
+}
+
 /* Running over the end faults even where another region follows; kernel mappings of two never become one. */
 TEST_HOST(system, a_gap_behind_each_region) {
   const size_t page = 4096;
