@@ -1,10 +1,14 @@
 package llm
 
 import (
+	"bufio"
 	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
@@ -132,6 +136,11 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 		}
 	}
 	var output io.Writer = s.output
+	if s.client != nil && kvcached.Default() != nil {
+		if _, wrapped := s.client.Transport.(kvcachedTransport); !wrapped {
+			s.client.Transport = kvcachedTransport{s.client.Transport}
+		}
+	}
 	if manager := kvcached.Default(); manager != nil && s.output != nil {
 		output = &kvcachedOutput{inner: output, status: s.status, limit: manager.Settings()}
 	}
@@ -165,6 +174,70 @@ func (o *kvcachedOutput) Write(b []byte) (int, error) {
 		}
 	}
 	return o.inner.Write(b)
+}
+
+// kvcachedTransport makes an answer that the child ends for want of memory end with that error. llama-server says so in an
+// event of the stream, which Ollama passes over: the client would get a short answer, or none, and take it for a good one.
+type kvcachedTransport struct{ http.RoundTripper }
+
+func (t kvcachedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
+	next := t.RoundTripper
+	if next == nil {
+		next = http.DefaultTransport
+	}
+	response, err := next.RoundTrip(request)
+	if err == nil && strings.HasPrefix(response.Header.Get("Content-Type"), "text/event-stream") {
+		response.Body = &kvcachedStream{Closer: response.Body, source: bufio.NewReader(response.Body), atStart: true}
+	}
+	return response, err
+}
+
+type kvcachedStream struct {
+	io.Closer
+	source  *bufio.Reader
+	piece   []byte // of a line; read, but not handed on yet
+	atStart bool   // of a line
+	err     error
+}
+
+func (s *kvcachedStream) Read(p []byte) (int, error) {
+	if len(s.piece) == 0 && s.err == nil {
+		var err error
+		s.piece, err = s.source.ReadSlice('\n')
+		if s.atStart {
+			s.err = kvcachedWantOfMemory(s.piece)
+		}
+		if s.err != nil {
+			s.piece = nil
+		} else if !errors.Is(err, bufio.ErrBufferFull) {
+			s.err = err
+		}
+		s.atStart = err == nil
+	}
+	n := copy(p, s.piece)
+	s.piece = s.piece[n:]
+	if n == 0 && len(p) > 0 {
+		return 0, s.err
+	}
+	return n, nil
+}
+
+// kvcachedWantOfMemory is the error that a line of a stream tells of, where that is one which another try may not meet.
+func kvcachedWantOfMemory(line []byte) error {
+	event, ok := bytes.CutPrefix(line, []byte("data: "))
+	if !ok || !bytes.HasPrefix(event, []byte(`{"error":`)) {
+		return nil
+	}
+	var told struct {
+		Error struct {
+			Code    int    `json:"code"`
+			Message string `json:"message"`
+		} `json:"error"`
+	}
+	if json.Unmarshal(event, &told) != nil || told.Error.Code != http.StatusServiceUnavailable {
+		return nil
+	}
+	return errors.New(told.Error.Message)
 }
 
 // kvcachedFree gives the lease of a child that has ended back. The variables go with it: the slot may be another's next.

@@ -2,9 +2,12 @@ package llm
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -332,6 +335,36 @@ func TestKVCachedLimitIsNamedWhereLoadingFails(t *testing.T) {
 		if (said == 1) != want || said > 1 || log.String() != text || !IsOutOfMemoryMessage(status.LastError()) {
 			t.Errorf("%q: %q, logged %q", text, status.LastError(), log.String())
 		}
+	}
+}
+
+// Upstream passes over an error in a stream.
+func TestKVCachedStreamEndsWithItsError(t *testing.T) {
+	long := "data: " + strings.Repeat("a", 10000) + "\n"
+	wanted := `data: {"error":{"code":503,"message":"ended for want of memory","type":"unavailable_error"}}` + "\n"
+	for _, c := range []struct {
+		kind, sent, got, err string
+	}{
+		{"text/event-stream", long + "data: x\n\n" + wanted + "data: [DONE]\n", long + "data: x\n\n", "ended for want of memory"},
+		{"text/event-stream; charset=utf-8", wanted, "", "ended for want of memory"},
+		{"text/event-stream", long + "data: x", long + "data: x", ""},
+		{"text/event-stream", strings.Replace(wanted, "503", "500", 1), strings.Replace(wanted, "503", "500", 1), ""},
+		{"application/json", wanted, wanted, ""},
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", c.kind)
+			io.WriteString(w, c.sent)
+		}))
+		client := http.Client{Transport: kvcachedTransport{server.Client().Transport}}
+		response, err := client.Get(server.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(response.Body)
+		if string(got) != c.got || fmt.Sprint(err) != cmp.Or(c.err, "<nil>") || response.Body.Close() != nil {
+			t.Errorf("%s, %q: got %q, %v", c.kind, c.sent, got, err)
+		}
+		server.Close()
 	}
 }
 
