@@ -20,6 +20,7 @@ import requests
 from kvpatch import smoke
 from kvpatch.smoke.models import prompt_ids, tiny_embedding, tiny_llama
 from kvpatch.smoke.server import Server, ServerSpec, serve
+from tests.integration.tiny_projector import TOKENS, image, tiny_projector
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(900)]
 
@@ -39,6 +40,7 @@ TIE = 0.05
 SHORT = ("--spec-ngram-simple-size-n", "1", "--spec-ngram-simple-size-m", "6")
 # Bytes of one 256-cell step of the tiny model in K and V of all layers.
 STEP = 256 * 1024
+EMBD = 128
 
 Start = Callable[..., "contextlib.AbstractContextManager[Server]"]
 
@@ -46,10 +48,20 @@ Start = Callable[..., "contextlib.AbstractContextManager[Server]"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    tiny_llama(folder / "one.gguf", 1)
+    one = tiny_llama(folder / "one.gguf", 1)
     tiny_llama(folder / "two.gguf", 2)
     tiny_embedding(folder / "pooling.gguf", 3)
+    assert one.shape.embd == EMBD
     return folder
+
+
+@pytest.fixture(scope="module")
+def projector(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    path = (
+        tmp_path_factory.mktemp("projector") / "projector.gguf"
+    )  # a router takes all files of its folder for models
+    tiny_projector(path, EMBD)
+    return ("--mmproj", str(path), "--no-mmproj-offload")
 
 
 @pytest.fixture
@@ -340,6 +352,9 @@ class Stream:
                         for token in () if self.ended else event.get("completion_probabilities", []):
                             self.likely.append([(t["id"], t["logprob"]) for t in token["top_logprobs"]])
 
+    def has_begun(self) -> bool:
+        return len(self.tokens) > 2
+
     def must_equal(self, other: Stream) -> None:
         """Up to where two tokens were nearly as likely, if anywhere: from there on they are different texts."""
         assert len(self.tokens) == len(other.tokens) == len(other.likely)
@@ -495,7 +510,7 @@ def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
     _, charge = measured(start, (*words, *drafts), lambda server: Stream(server, wanted).wait())
     with start(PATCHED, *words, *drafts, env=limited(charge + 4 * STEP)) as server:
         stream = Stream(server, wanted)
-        wait_until(lambda: len(stream.tokens) > 2, 20, every=0.01)
+        wait_until(stream.has_begun, 20, every=0.01)
         refused = call(server, "POST", "/completion", body=body(prompt_ids(3500, 9), 8, id_slot=1))
         stream.wait()
         assert refused.status_code == 503
@@ -504,10 +519,10 @@ def test_drafts_are_given_up_before_a_request_is(start: Start) -> None:
         stream.must_equal(alone)
 
 
-@pytest.mark.parametrize("steps", [3, 4, 5])
-def test_a_draft_model_without_room_ends_one_request(start: Start, models: Path, steps: int) -> None:
+@pytest.mark.parametrize("slots", SLOTS)
+def test_a_draft_model_without_room_ends_one_request(start: Start, models: Path, slots: str) -> None:
     """Its cache grows behind the target's, so which of the two meets the limit is a matter of one step."""
-    words = ("-c", "12288", "-np", "2", "-b", "256", "--no-kv-unified")
+    words = ("-c", "12288", "-np", "2", "-b", "256", *SLOTS[slots])
     drafts = ("--spec-type", "draft-simple", "-md", str(models / "one.gguf"))
     wanted = body(prompt_ids(600, 7), 300, id_slot=0, ignore_eos=True, n_probs=2)
 
@@ -518,16 +533,93 @@ def test_a_draft_model_without_room_ends_one_request(start: Start, models: Path,
 
     alone, _ = measured(start, words, one)
     _, charge = measured(start, (*words, *drafts), one)
-    with start(PATCHED, *words, *drafts, env=limited(charge + steps * STEP)) as server:
-        stream = Stream(server, wanted)
-        wait_until(lambda: len(stream.tokens) > 2, 20, every=0.01)
-        refused = call(server, "POST", "/completion", body=body(prompt_ids(3500, 9), 8, id_slot=1))
-        stream.wait()
-        assert refused.status_code == 503
-        assert is_refusal(refused.json()["error"])
-        assert stream.error is None
-        stream.must_equal(alone)
-        assert ask(server, prompt_ids(40, 3), 8)["tokens"]
+    met = set()
+    for steps in (2, 3):
+        with start(PATCHED, *words, *drafts, env=limited(charge + steps * STEP)) as server:
+            stream = Stream(server, wanted)
+            wait_until(stream.has_begun, 20, every=0.01)
+            refused = call(server, "POST", "/completion", body=body(prompt_ids(3500, 9), 8, id_slot=1))
+            stream.wait()
+            assert refused.status_code == 503
+            assert refused.headers["Retry-After"] == "5"
+            assert is_refusal(refused.json()["error"])
+            assert stream.error is None
+            stream.must_equal(alone)
+            assert len(ask(server, prompt_ids(40, 3), 8, 1)["tokens"]) == 8
+            log = server.log_text()
+            met.add("failed to decode draft batch" in log)
+            assert len(re.findall(r"kvcached: slot \d ends", log)) == 1
+            assert "failed to process speculative batch" not in log
+    assert met == {False, True}, "only one of the two contexts has met the limit"
+
+
+def test_a_draft_model_without_room_takes_prompt_caches_first(start: Start, models: Path) -> None:
+    words = ("-c", "12288", "-np", "2", "-b", "256", "--no-kv-unified")
+    drafts = ("--spec-type", "draft-simple", "-md", str(models / "one.gguf"))
+    wanted = prompt_ids(2000, 2)
+    answer, charge = measured(start, (*words, *drafts), lambda server: ask(server, wanted, 8, 1)["tokens"])
+    met = set()
+    for steps in (1, 2):
+        with start(PATCHED, *words, *drafts, env=limited(charge + steps * STEP)) as server:
+            ask(server, prompt_ids(1000, 1), 8, 0)
+            assert ask(server, wanted, 8, 1)["tokens"] == answer
+            log = server.log_text()
+            assert "slot 0 gives up 1007 cached tokens" in log
+            assert "ends, " not in log
+            met.add("failed to decode draft batch" in log)
+    assert True in met, "the draft's context has not met the limit"
+
+
+def look(server: Server, salt: int, slot: int) -> requests.Response:
+    """A question about an image."""
+    parts = [
+        {"type": "text", "text": "ba be"},
+        {"type": "image_url", "image_url": {"url": image(salt)}},
+        {"type": "text", "text": "bi bo"},
+    ]
+    wanted = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "temperature": 0, "seed": 1}
+    return call(server, "POST", "/v1/chat/completions", body={**wanted, "id_slot": slot})
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_image_without_room_is_refused_like_text(
+    start: Start, models: Path, projector: tuple[str, ...], drafts: bool
+) -> None:
+    words: tuple[str, ...] = ("-c", "18432", "-np", "3", "-b", "512", "--no-kv-unified", *projector)
+    if drafts:
+        words = (*words, "--spec-type", "draft-simple", "-md", str(models / "one.gguf"))
+
+    with start(STOCK, *words) as server:
+        expected = [look(server, salt, salt).json()["choices"] for salt in (0, 1)]
+    first, charge = measured(start, words, lambda server: look(server, 0, 0).json()["choices"])
+    assert first == expected[0]
+    with start(PATCHED, *words, env=limited(charge)) as server:
+        assert look(server, 0, 0).json()["choices"] == expected[0]
+        assert look(server, 1, 1).json()["choices"] == expected[1]
+        assert re.search(r"slot 0 gives up \d{4} cached tokens", server.log_text())
+        running = Stream(server, body(prompt_ids(TOKENS // 2, 7), 700, id_slot=0, ignore_eos=True))
+        wait_until(running.has_begun, 20, every=0.01)
+        # more often than upstream suffers steps without a token
+        for _ in range(6):
+            refused = look(server, 2, 1)
+            assert refused.status_code == 503
+            assert refused.headers["Retry-After"] == "5"
+            assert is_refusal(refused.json()["error"]), refused.text
+        assert not running.ended, "nothing was in the way"
+        assert len(running.wait()) == 700
+        assert running.error is None
+        assert look(server, 0, 2).json()["choices"] == expected[0]
+
+
+def test_an_image_that_never_fits_ends_no_server(start: Start, projector: tuple[str, ...]) -> None:
+    words = ("-c", "4096", *ONE, "-b", "512", *projector)
+    _, charge = measured(start, words, lambda server: look(server, 0, 0))
+    with start(PATCHED, *words, env=limited(charge - 3 * STEP)) as server:
+        for salt in range(6):
+            refused = look(server, salt, 0)
+            assert refused.status_code == 503
+            assert is_refusal(refused.json()["error"]), refused.text
+        assert len(ask(server, prompt_ids(100, 1), 8)["tokens"]) == 8
 
 
 def test_a_sleeper_that_cannot_wake_refuses_and_keeps_its_prompts(start: Start) -> None:
@@ -541,7 +633,7 @@ def test_a_sleeper_that_cannot_wake_refuses_and_keeps_its_prompts(start: Start) 
         sleeper.json("POST", "/kvcached/sleep")
         with start(PATCHED, *words, env=env) as other:
             stream = Stream(other, body(prompt_ids(100, 2), 2500, ignore_eos=True))
-            wait_until(lambda: len(stream.tokens) > 2, 20, every=0.01)
+            wait_until(stream.has_begun, 20, every=0.01)
             refused = call(sleeper, "POST", "/completion", body=body([*prompt, *first], 8))
             assert not stream.ended, "nothing was in the way"
             assert refused.status_code == 503
@@ -589,3 +681,17 @@ def test_a_router_does_not_count_sleepers(start: Start) -> None:
         answer = router.json("POST", "/kvcached/sleep", json={"model": "two"})
         assert answer["success"] is True
         assert call(router, "GET", "/kvcached?model=one", headers={"Origin": "http://x"}).status_code == 403
+
+
+def test_a_child_that_sleeps_ends_well(start: Start) -> None:
+    """Its memory goes last, when who told the router has gone."""
+    words = ("--models-max", "1", "--sleep-idle-seconds", "1", "-c", "1024", *ONE)
+    wanted = {"model": "one", "messages": [{"role": "user", "content": "ba"}], "max_tokens": 4}
+    with start(PATCHED, *words, model="", env=ON) as router:
+        for _ in range(3):
+            router.json("POST", "/v1/chat/completions", json=wanted, timeout=90)
+            wait_until(lambda: status_of(router, "one") == "sleeping", 8)
+            before = len(router.log_text())
+            router.json("POST", "/models/unload", json={"model": "one"})
+            wait_until(lambda: status_of(router, "one") == "unloaded", 8)
+            assert "instance name=one exited with status 0" in router.log_text()[before:]
