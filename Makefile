@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: demo test test-all test-c lint types clean
+.PHONY: demo test test-all test-dates test-c lint types clean
 
 demo: $(VENV)/.installed
 	$(RUN) kvpatch demo
@@ -15,7 +15,11 @@ test: $(VENV)/.installed
 
 # Also builds and smoke-tests the patched llama.cpp; with KVPATCH_OLLAMA_SOURCE set, Ollama too.
 test-all: $(VENV)/.installed
-	$(RUN) pytest -m 'not gpu'
+	$(RUN) pytest -m 'not gpu and not dates'
+
+# Builds and smokes llama.cpp of every date that patches/pins.toml claims: hours on 2 cores.
+test-dates: $(VENV)/.installed
+	$(RUN) pytest -m dates
 
 # The C library alone, under AddressSanitizer and UBSan.
 test-c: $(VENV)/.installed

@@ -48,7 +48,13 @@ def _compat(context: Context, tree: Path) -> str:
     if script.is_file():
         try:
             process.run(
-                [context.plan.tool("cmake").path, f"-DPATCH_DIR={compat}", "-P", script],
+                [
+                    context.plan.tool("cmake").path,
+                    f"-DPATCH_DIR={compat}",
+                    f"-DPATCH_FILE={compat / 'llama-cpp-hooks.patch'}",  # v0.30.0 had one patch and named it
+                    "-P",
+                    script,
+                ],
                 cwd=tree,
                 log=context.log("apply"),
             )
