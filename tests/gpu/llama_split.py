@@ -28,7 +28,7 @@ def load(setup: servers.Setup, side: str) -> dict[str, object]:
     """Start one server with upstream's defaults as to layers; what it put where, and how fast it is."""
     who = setup.side(side)
     # The later of two equal options counts.
-    extra = ("-fit", "on", *(("-ngl", "auto") if setup.device.name == "cuda" else ()))
+    extra = ("-fit", "on", "--log-verbosity", "4", *(("-ngl", "auto") if setup.device.name == "cuda" else ()))
     started = servers.spec(setup, who, context=CONTEXT, extra=extra, name=f"split-{side}")
     with servers.client(setup, who, started) as one:
         first = one.complete(servers.prompt(600), 48)
