@@ -61,6 +61,14 @@ TEST(together, one_wait_for_all) {
   for (size_t i = 0; i < TENSORS * STRIDE; i++) CHECK_EQ(state_of(r, i), i % STRIDE == 1 ? 'e' : '.');
   for (size_t i = 0; i < TENSORS; i++) CHECK(holds_ends(r, i * STRIDE + 1, 0));
   check_context(ctx);
+  /* All of them are mapped before the device is given work. */
+  kvcached_region_t q = reserve(ctx, KVCACHED_KV, TENSORS * STRIDE * page);
+  zeros = fault_calls(FAULT_ZERO);
+  fault_set(FAULT_ACCESS, TENSORS, KVCACHED_E_DEVICE);
+  CHECK_IS(kvcached_ensure_ranges(q, ranges, TENSORS), KVCACHED_E_DEVICE);
+  CHECK_EQ(fault_calls(FAULT_ZERO), zeros);
+  CHECK_EQ(stats_of(ctx).mapped + stats_of(ctx).pooled, TENSORS * page);
+  kvcached_unreserve(q);
   /* Idle pages: no memory is made, and one wait again. */
   for (size_t i = 0; i < TENSORS; i++) put_ends(r, i * STRIDE + 1, 'x');
   for (size_t i = 0; i < TENSORS; i++) CHECK_OK(kvcached_release(r, ranges[i].off, page));

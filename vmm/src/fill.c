@@ -188,24 +188,40 @@ static void undo_runs(struct kvcached_region *r, size_t first, size_t end, uint8
   }
 }
 
-/* Makes the runs of one span. On failure run->first is where it stopped. *given: bytes from the pool. */
-static int make_runs(kvc_run *run, const kvc_span *span, uint8_t from, uint64_t *given, int *queued) {
+/* Makes the runs of one span, not yet zeroed. On failure run->first is where it stopped. *given: bytes from
+   the pool. */
+static int make_runs(kvc_run *run, const kvc_span *span, uint8_t from, uint64_t *given) {
   struct kvcached_region *r = run->r;
   size_t n;
   int err = KVCACHED_OK;
   for (size_t i = span->first; i < span->end; i += n) {
     n = kvc_pages_run_alike(&r->pages, i, span->end);
     if (r->pages.state[i] != from) continue;
-    *run = (kvc_run){.r = r, .first = i, .n = n, .lane = KVC_LANE_CALLER, .zero = run->zero};
+    *run = (kvc_run){.r = r, .first = i, .n = n, .lane = KVC_LANE_CALLER};
     if (r->pages.stuck[i]) {
       err = open_run(run, 1);
     } else {
       kvc_run_begin(run);
       err = kvc_run_make(run);
     }
-    *queued |= run->queued;
     if (err) return err;
     *given += (uint64_t)run->given * r->unit;
+  }
+  return KVCACHED_OK;
+}
+
+/* Queues zeros for the runs of one span, where they have none already: once all mappings have been made, so
+   that none of these waits behind work of the device. */
+static int zero_runs(struct kvcached_region *r, const kvc_span *span, uint8_t from, int *queued) {
+  struct kvcached_ctx *ctx = r->ctx;
+  size_t n;
+  for (size_t i = span->first; i < span->end; i += n) {
+    n = kvc_pages_run_alike(&r->pages, i, span->end);
+    int fresh = !r->pages.handle && !r->pages.stuck[i]; /* a handle may come from the pool */
+    if (r->pages.state[i] != from || (fresh && ctx->backend->fresh_is_zero)) continue;
+    int err = kvc_call(ctx)->zero(ctx->device, KVC_LANE_CALLER, &r->space, kvc_off(r, i), kvc_bytes(r, i, n));
+    if (err) return err;
+    *queued = 1;
   }
   return KVCACHED_OK;
 }
@@ -216,12 +232,13 @@ static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_
   uint64_t given = 0; /* bytes from the pool */
   int err = KVCACHED_OK;
   const kvc_span *s = spans.at, *end = spans.at + spans.n;
-  kvc_run run = {.r = r, .zero = zero};
+  kvc_run run = {.r = r};
   *kept = 0;
   for (; s < end; s++) {
-    err = make_runs(&run, s, from, &given, &queued);
+    err = make_runs(&run, s, from, &given);
     if (err) break;
   }
+  for (const kvc_span *z = spans.at; z < end && zero && !err; z++) err = zero_runs(r, z, from, &queued);
   if (!err && queued) {
     err = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
     if (!err) queued = 0;
