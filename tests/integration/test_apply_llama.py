@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvpatch import paths
+from kvpatch.patching import load_series
 from tests.integration.conftest import Kvpatch
 
 
@@ -18,12 +20,13 @@ def generated(kvpatch: Kvpatch, tmp_path_factory: pytest.TempPathFactory) -> dic
     return data
 
 
-def test_every_hunk_is_exact(generated: dict[str, Any]) -> None:
+def test_every_hunk_is_found_as_it_is(generated: dict[str, Any]) -> None:
     report = generated["values"]["apply"]["llama.cpp"]["report"]
     assert report["ok"]
     assert len(report["patches"]) == len(generated["plan"]["patches"]["llama.cpp"]) > 0
     hunks = [hunk for patch in report["patches"] for hunk in patch["hunks"]]
-    assert {hunk["verdict"] for hunk in hunks} == {"exact"}
+    # moved: by the lines that earlier patches of the series added to the file
+    assert {hunk["verdict"] for hunk in hunks} <= {"exact", "moved"}
 
 
 def test_only_call_sites_were_added_to_files_of_upstream(generated: dict[str, Any]) -> None:
@@ -33,8 +36,14 @@ def test_only_call_sites_were_added_to_files_of_upstream(generated: dict[str, An
         ["git", "-C", tree, "diff", "--numstat", base, "HEAD"], check=True, capture_output=True, text=True
     ).stdout
     added = {line.split()[2]: (int(line.split()[0]), int(line.split()[1])) for line in stat.splitlines()}
-    assert set(added) == {"src/llama-kv-cache.cpp", "tools/server/server-context.cpp"}
-    assert all(plus <= 20 and minus <= 3 for plus, minus in added.values())
+    hooks: dict[str, int] = {}
+    names = set(generated["plan"]["patches"]["llama.cpp"])
+    for patch in load_series(paths.data_dir() / "patches" / "llama.cpp").patches:
+        if patch.file.name in names:
+            for hook in patch.hooks:
+                hooks[hook.path] = hooks.get(hook.path, 0) + 1
+    assert {file: plus for file, (plus, _) in added.items()} == hooks  # a hook is one line
+    assert all(minus <= 5 for _, minus in added.values())
 
 
 def test_generated_files_are_there_and_untracked(generated: dict[str, Any]) -> None:
