@@ -102,17 +102,7 @@ def write(path: Path, shape: Shape, seed: int = 1) -> None:
     writer: Any = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"kvpatch-bench-{shape.name}-{seed}")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-    writer.add_context_length(shape.trained)
-    writer.add_block_count(shape.layers)
-    writer.add_embedding_length(shape.embd)
-    writer.add_feed_forward_length(shape.ff)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_rope_dimension_count(shape.head_dim)
+    tiny.add_dimensions(writer, shape, trained=shape.trained, rope_base=500000.0)
     _add_tokenizer(writer, shape.vocab)
     plan = list(_tensors(shape))
     for name, rows, columns, scale in plan:
@@ -183,26 +173,13 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, int, int, float | None]]:
 
 def _add_tokenizer(writer: Any, vocab: int) -> None:
     """The smoke tests' words, then tokens that only fill the vocabulary up."""
-    tokens, merges = tiny.vocabulary()
-    if vocab < len(tokens):
-        raise UsageError(f"a vocabulary of {vocab} has no room for the {len(tokens)} tokens of every model")
-    filler = [f"<|filler-{n}|>" for n in range(vocab - len(tokens))]
-    control = len(tokens) - len(tiny._CONTROL)
-    kinds = [gguf.TokenType.NORMAL] * control + [gguf.TokenType.CONTROL] * len(tiny._CONTROL)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, *filler])
-    writer.add_token_types([*kinds, *[gguf.TokenType.UNUSED] * len(filler)])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokens.index(tiny.BOS))
-    writer.add_eos_token_id(tokens.index(tiny.EOS))
-    writer.add_eot_token_id(tokens.index(tiny.END))
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(tiny.CHAT_TEMPLATE)
+    words = len(tiny.vocabulary()[0])
+    if vocab < words:
+        raise UsageError(f"a vocabulary of {vocab} has no room for the {words} tokens of every model")
+    tiny.add_tokenizer(writer, vocab - words)
 
 
 def _version() -> str:
-    """Changes with this file, so that a model which an older one wrote is not taken for ours."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    """Changes with what writes a model, so that one which an older version wrote is not taken for ours."""
+    sources = (Path(__file__), Path(tiny.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:8]

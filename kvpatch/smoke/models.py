@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import gguf
 import numpy as np
@@ -191,24 +192,14 @@ def write(path: Path, seed: int, shape: Shape) -> TinyModel:
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_name(f"kvpatch-smoke-{shape.arch}-{seed}")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_context_length(CONTEXT_TRAINED)
-    writer.add_block_count(shape.layers)
-    writer.add_embedding_length(shape.embd)
-    writer.add_feed_forward_length(shape.ff)
-    writer.add_head_count(shape.heads)
-    writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(shape.head_dim)
+    add_dimensions(writer, shape, trained=CONTEXT_TRAINED, rope_base=10000.0)
     if shape.window:
         writer.add_sliding_window(shape.window)
         writer.add_attn_logit_softcapping(50.0)
         writer.add_final_logit_softcapping(30.0)
     if shape.pooling:
         writer.add_pooling_type(gguf.PoolingType.MEAN)
-    _add_tokenizer(writer)
+    add_tokenizer(writer)
     for name, values in _tensors(shape, seed):
         writer.add_tensor(name, values)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,15 +210,48 @@ def write(path: Path, seed: int, shape: Shape) -> TinyModel:
     return TinyModel(path=path, seed=seed, shape=shape, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+class Dimensions(Protocol):
+    """What the header of a model with grouped-query attention says of it."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def embd(self) -> int: ...
+    @property
+    def ff(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def add_dimensions(writer: Any, shape: Dimensions, *, trained: int, rope_base: float) -> None:
+    """Write what llama.cpp needs to know of the shape; `trained`: cells of the context it was trained for."""
+    writer.add_context_length(trained)
+    writer.add_block_count(shape.layers)
+    writer.add_embedding_length(shape.embd)
+    writer.add_feed_forward_length(shape.ff)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(rope_base)
+    writer.add_rope_dimension_count(shape.head_dim)
+
+
+def add_tokenizer(writer: Any, filler: int = 0) -> None:
+    """Write the vocabulary, and `filler` unused tokens behind it, which only make it larger."""
     tokens, merges = vocabulary()
     control = len(tokens) - len(_CONTROL)
     kinds = [gguf.TokenType.NORMAL] * control + [gguf.TokenType.CONTROL] * len(_CONTROL)
-    writer.add_vocab_size(len(tokens))
+    writer.add_vocab_size(len(tokens) + filler)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
+    writer.add_token_list([*tokens, *(f"<|filler-{n}|>" for n in range(filler))])
+    writer.add_token_types([*kinds, *[gguf.TokenType.UNUSED] * filler])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(tokens.index(BOS))
     writer.add_eos_token_id(tokens.index(EOS))
