@@ -28,23 +28,9 @@ set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 all_stages="build smoke sanitizer overhead idle switch split soak"
-
-usage() { sed -n '2,/^set -u/p' "$0" | sed -n 's/^# \{0,1\}//p'; }
-case ${1-} in
-  --help | -h) usage; exit 0 ;;
-  "") usage >&2; exit 2 ;;
-  -*) echo "$1: not an option" >&2; usage >&2; exit 2 ;;
-esac
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
-shift
-stages=${*:-build smoke sanitizer overhead idle switch split}
-for stage in $stages; do
-  case " $all_stages " in
-    *" $stage "*) ;;
-    *) echo "$stage: no such stage; there are: $all_stages" >&2; exit 2 ;;
-  esac
-done
+default_stages="build smoke sanitizer overhead idle switch split"
+# shellcheck source=tests/gpu/arguments.sh
+. "$here/arguments.sh"
 
 build=${BUILD:-/tmp/kvpatch-llama}
 mkdir -p "$build" || exit 2
