@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What a benchmark runs on and with. `threads` matters on a CPU alone; `extra` goes to every server."""
+    """What a benchmark runs on and with. `threads` matters on a CPU alone."""
 
     stock: Install
     patched: Install
@@ -51,8 +51,6 @@ class Setup:
     device: Device
     work: Path
     threads: int = 1
-    extra: tuple[str, ...] = ()
-    start_seconds: float = 120.0
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,7 +99,6 @@ def spec(
     context: int,
     slots: int = 1,
     extra: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
     name: str = "",
 ) -> ServerSpec:
     """A server whose model is wholly on the device; `context` cells in all slots together."""
@@ -117,7 +114,6 @@ def spec(
             *("--no-webui", "--offline", "--cache-ram", "0", "--no-context-shift", "--no-log-timestamps"),
             *("--slot-save-path", saves),  # without one, slots cannot be erased
             *on_device,
-            *setup.extra,
             *extra,
         ]
 
@@ -130,9 +126,8 @@ def spec(
             "KVCACHED_LEDGER": str(setup.work / "ledger"),
             "OLLAMA_KVCACHED_ENABLED": "true" if side.elastic else "false",
             "OLLAMA_KVCACHED_HTTP": "1",
-            **(env or {}),
         },
-        start_seconds=setup.start_seconds,
+        start_seconds=120.0,
     )
 
 
@@ -163,14 +158,10 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
         self._used = 0.0
 
-    def complete(
-        self, prompt: Sequence[int], count: int, *, cached: bool = True, slot: int | None = None
-    ) -> Answer:
+    def complete(self, prompt: Sequence[int], count: int, *, cached: bool = True) -> Answer:
         """A greedy answer of exactly `count` tokens. `cached`: what the slot has of the prompt is used."""
         began = self._connect()
         body = self._body([*prompt], count, cached=cached)
-        if slot is not None:
-            body["id_slot"] = slot
         value = json.loads(self._post("/completion", body).read())
         return self._answer(value, count, time.perf_counter() - began)
 
@@ -282,9 +273,7 @@ class Client:
     def _unanswered(self, what: str, error: Exception) -> CheckFailed:
         self._connection.close()
         self._used = 0.0
-        code = self.server.returncode()
-        text = f"{self.server.name}: {what} got no answer"
-        return self.server.failed(f"{text}: {error!r}") if code is None else self.server.died(text, code)
+        return self.server.unanswered(f"{self.server.name}: {what} got no answer", error)
 
     def _body(self, prompt: Any, count: int, *, cached: bool) -> dict[str, Any]:
         return {
