@@ -31,10 +31,10 @@ CACHELESS = _names(
     llada llada-moe rnd1
     """
 )
-# No output matrix: encoders, and one that multiplies by the embeddings where they are.
-NO_OUTPUT = (CACHELESS - {"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"}) | {"bitnet"}
 # llama_hparams.causal_attn is false there: the batch is not limited by the context.
 NOT_CAUSAL = frozenset({"gemma-embedding", "dream", "llada", "llada-moe", "rnd1"})
+# No output matrix: encoders, and one that multiplies by the embeddings where they are.
+NO_OUTPUT = (CACHELESS - NOT_CAUSAL) | {"bitnet"}
 
 RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})  # llm_arch_is_recurrent
 HYBRID = _names(
@@ -85,8 +85,6 @@ MLA = frozenset({"deepseek2", "mistral4", "deepseek32", "glm-dsa", "kimi-linear"
 # A second cache of indexer keys.
 DSA = frozenset({"deepseek32", "glm-dsa"})
 MSA = frozenset({"minimax-m3"})
-
-KV_SHARED = frozenset({"gemma3n", "gemma4"})  # the last layers read the cache of earlier ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,6 @@ class Layer:
     """One layer. Head sizes in elements; `kv_heads` 0 where it has no attention; `indexer`: has indexer keys."""
 
     index: int
-    heads: int
     kv_heads: int
     head_k: int
     head_v: int
@@ -47,7 +46,6 @@ class Model:
     arch: str
     layers: tuple[Layer, ...]
     context_trained: int
-    embd: int
     nextn: int
     window: int
     kv_from_start: int
@@ -89,7 +87,6 @@ def derive(gguf: GgufModel) -> Model:
     layers = tuple(
         Layer(
             index=i,
-            heads=heads[i],
             kv_heads=kv_heads[i],
             head_k=sizes["k_swa"] if sliding[i] else sizes["k"],
             head_v=sizes["v_swa"] if sliding[i] else sizes["v"],
@@ -105,7 +102,6 @@ def derive(gguf: GgufModel) -> Model:
         arch=arch,
         layers=layers,
         context_trained=int(gguf.need("context_length")),
-        embd=embd,
         nextn=nextn,
         window=window,
         kv_from_start=_kv_from_start(gguf, count),

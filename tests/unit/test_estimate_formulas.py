@@ -36,7 +36,6 @@ def model(
     layers = tuple(
         Layer(
             index=i,
-            heads=32,
             kv_heads=kv_heads,
             head_k=head,
             head_v=head,
@@ -49,7 +48,6 @@ def model(
         arch=arch,
         layers=layers,
         context_trained=131072,
-        embd=4096,
         nextn=0,
         window=window,
         kv_from_start=-1,
