@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvpatch import runtime
 from kvpatch.errors import KvpatchError
-from kvpatch.runtime import CallError, Kind
+from kvpatch.runtime import Kind
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.report import CheckFailed
 
@@ -36,7 +36,7 @@ def holdings(install: Install, ledger: Path, pid: int) -> Holdings:
     try:
         with runtime.Ledger(ledger, library=_library(install.root)) as opened:
             found = [slot for slot in opened.slots() if slot.pid == pid]
-    except (CallError, KvpatchError) as error:
+    except KvpatchError as error:
         raise CheckFailed(f"the ledger {ledger} cannot be read: {error}") from error
     if len(found) != 1:
         raise CheckFailed(f"process {pid} has {len(found)} slots in the ledger {ledger}, not one")
