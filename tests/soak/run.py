@@ -14,7 +14,7 @@ from kvpatch import runtime
 from kvpatch.smoke.install import Install
 from tests.soak import play, sides, verdict
 from tests.soak.profiles import profiles
-from tests.soak.schedule import Prompt, Schedule
+from tests.soak.schedule import Prompt, Round, Schedule
 from tests.soak.sides import Answered, Device, Held, Profile, Side
 from tests.soak.verdict import Evidence, Tally
 
@@ -115,8 +115,8 @@ class _Course:
             self._play(self.stock, next_, self.control, self.control_held)
         play.rest(self.elastic)
 
-    def _play(self, side: Side, next_: object, tally: Tally, held: list[Held]) -> None:
-        for answer in play.play(side, next_):  # type: ignore[arg-type]
+    def _play(self, side: Side, next_: Round, tally: Tally, held: list[Held]) -> None:
+        for answer in play.play(side, next_):
             tally.add(answer, self.expected[answer.request.prompt])
         if self.rounds % _EMPTY_EVERY == 1:
             held.append(side.empty())

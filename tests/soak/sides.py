@@ -18,6 +18,7 @@ import requests
 from kvpatch import runtime
 from kvpatch.runtime import CallError, Command, Kind, Slot
 from kvpatch.smoke.install import Install
+from kvpatch.smoke.llama import log_peak
 from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.options import if_known, on_cpu, without_memory_map
 from kvpatch.smoke.report import CheckFailed
@@ -28,7 +29,6 @@ Device = Literal["cpu", "cuda"]
 _TIMEOUT = 300.0
 _RETRIES = 12
 _SETTLE_SECONDS = 10.0
-_MAPPED = re.compile(r"kvcached: mapped = (\d+) reserved")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +218,6 @@ class Side:
             self._note(action, int(answer.json()["freed_bytes"]))
         else:
             self.command(Command[action.upper()])
-            return
 
     def command(self, command: Command, *, wait_ms: int = 2000) -> None:
         """The same through the ledger, on every device."""
@@ -290,7 +289,7 @@ class Side:
 
     def peak(self) -> int:
         """The most bytes that the log ever showed as mapped."""
-        return max((int(m[1]) for m in _MAPPED.finditer(self.server.log_text())), default=0)
+        return log_peak(self.server.log_text())
 
 
 _libraries: dict[Path, runtime.Library] = {}
