@@ -26,7 +26,6 @@ def held(sdist: pins.Sdist, cache: Path) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-@pytest.mark.dates
 def test_enough_dates_are_claimed() -> None:
     assert len(CLAIMED) >= 6
     assert CLAIMED[0].date < "2026-04-30"

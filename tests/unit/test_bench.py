@@ -34,7 +34,7 @@ def test_ratio_is_of_stock_and_bounds_say_which_way(tmp_path: Path) -> None:
     assert row is not None
     assert row.ratio == {"off": 1.01, "on": 0.98}
     assert report.row("decode", "nothing", "ms", {"stock": []}) is None
-    with pytest.raises(VerifyError, match="no"):
+    with pytest.raises(VerifyError, match="measured nothing"):
         report.require()
     report.at_least("decode", row.ratio["on"], 0.97, "ratio")
     report.require()

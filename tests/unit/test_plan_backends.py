@@ -9,22 +9,13 @@ import pytest
 
 from kvpatch import paths, pins, plan
 from kvpatch.errors import SourceError, UsageError
+from kvpatch.events import Silent
 from kvpatch.sources import Store
 from kvpatch.stages import compile as compile_stage
 from kvpatch.stages.context import Context
 from kvpatch.toolchain import Tool
 
 MakePlan = Callable[..., plan.Plan]
-
-
-class Silent:
-    def stage_started(self, stage: str) -> None: ...
-
-    def stage_detail(self, stage: str, text: str) -> None: ...
-
-    def stage_finished(self, stage: str, status: str, seconds: float) -> None: ...
-
-    def warning(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
