@@ -81,6 +81,10 @@ int check_shift(const environment & elastic) {
         ok = ended_well(ours, "shift");
         if (ok) {
             ok = ours.values == stock.values && free.values == stock.values;
+            // every cell of every K mapped would be many steps more
+            for (const outcome * run : { &free, &ours }) {
+                ok = ok && run->figures.at("after") <= run->figures.at("before") + 2*STEP;
+            }
             printf("{\"check\": \"shift\", \"ok\": %s, \"before\": %.0f, \"after\": %.0f}\n", ok ? "true" : "false",
                    ours.figures.at("before"), ours.figures.at("after"));
         }
