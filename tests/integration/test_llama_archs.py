@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from kvpatch import smoke, toolchain
+from kvpatch import hashing, smoke, toolchain
 from tests.integration.conftest import Kvpatch
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(1800)]
@@ -66,7 +66,8 @@ def driver(kvpatch: Kvpatch, shared_cache: Path, patched: smoke.Install) -> Path
     workspace = kvpatch("generate", *words)["data"]["workspace"]
     cmake = toolchain.ensure(toolchain.CMAKE, shared_cache / "tools").path
     ninja = toolchain.ensure(toolchain.NINJA, shared_cache / "tools").path
-    build = shared_cache / "tests" / "llama-archs"
+    # CMake binds a build folder to its sources: another checkout with the same cache has its own.
+    build = shared_cache / "tests" / f"llama-archs-{hashing.of_value(str(SOURCES))[:10]}"
     for argv in (
         [
             *(cmake, "-S", SOURCES, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
