@@ -87,6 +87,16 @@ def _mib(count: int) -> str:
     return f"{count / verdict.MIB:.1f}"
 
 
+def _grown(one: verdict.Evidence) -> str:
+    for grown in verdict.grown(one.held, one.control_held):
+        if grown.what == "rss":
+            return (
+                f"grown {_mib(grown.ours)} MiB, allowed {_mib(grown.allowed)} (stock {_mib(grown.stock)} with "
+                f"1/{grown.per:.2f} of the answers)"
+            )
+    return f"not judged for growth ({len(one.held)} and {len(one.control_held)} readings)"
+
+
 def table(report: Report) -> list[str]:
     """The result as lines."""
     lines = []
@@ -103,9 +113,7 @@ def table(report: Report) -> list[str]:
             f"{one.patched.dropped} streams cut; done: {dict(sorted(one.counts.items()))}, "
             f"{_mib(one.slept)} MiB slept",
             f"  at the end {last.kinds[0]} bytes of KV, claim {last.claim} (at start {one.fresh.claim}); "
-            f"RSS {_mib(one.fresh.rss)}, grown {_mib(verdict.growth([h.rss for h in one.held]))} MiB "
-            f"(stock {_mib(verdict.growth([h.rss for h in one.control_held]))}); "
-            f"{one.slots_left} slots left",
+            f"RSS {_mib(one.fresh.rss)} MiB, {_grown(one)}; {one.slots_left} slots left",
         ]
     return [*lines, *(f"PROBLEM: {text}" for text in report.problems)]
 

@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvpatch import runtime
@@ -21,7 +21,8 @@ from tests.soak.verdict import Evidence, Tally
 Say = Callable[[str], None]
 _FOR_ROUNDS = 0.8  # of the time; the rest is for starting, asking alone and stopping
 _AT_LAST = 1.1  # what differed is asked alone until then, though it be late
-_EMPTY_EVERY = 3  # rounds of a profile
+_EMPTY_EVERY = 3  # rounds of a profile, in a soak; every round of a shorter one
+_SOAK_MINUTES = 5
 _CONTROL_EVERY = 2
 _ALONE = 4  # prompts of each profile that are asked alone though nothing was wrong with them
 
@@ -118,8 +119,9 @@ class _Course:
     def _play(self, side: Side, next_: Round, tally: Tally, held: list[Held]) -> None:
         for answer in play.play(side, next_):
             tally.add(answer, self.expected[answer.request.prompt])
-        if self.rounds % _EMPTY_EVERY == 1:
-            held.append(side.empty())
+        every = _EMPTY_EVERY if self.options.minutes >= _SOAK_MINUTES else 1
+        if self.rounds % every == 1 % every:
+            held.append(replace(side.empty(), answers=tally.answers))
 
     def alone(self, deadline: float) -> tuple[int, int, tuple[Prompt, ...]]:
         """Asks alone, on a patched server of one slot and no limit, what differed or was refused, and some
@@ -179,6 +181,11 @@ def soak(options: Options, say: Say) -> Report:
         results = [course.alone(begin + options.minutes * 60 * _AT_LAST) for course in courses]
     all_ = tuple(course.evidence(*result) for course, result in zip(courses, results, strict=True))
     problems = [f"{evidence.name}: {text}" for evidence in all_ for text in verdict.problems(evidence)]
+    problems += [
+        f"{evidence.name}: too few readings to tell whether anything leaks"
+        for evidence in all_
+        if options.minutes >= _SOAK_MINUTES and not verdict.grown(evidence.held, evidence.control_held)
+    ]
     return Report(
         seed=options.seed,
         seconds=time.monotonic() - begin,

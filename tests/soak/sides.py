@@ -65,9 +65,9 @@ class Answered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """What a server holds while nothing runs: mapped bytes of each kind, what the ledger charges, `host`
-    memory kept for the next sleep, and by the kernel resident bytes beside that memory, mappings and open
-    files."""
+    """What a server holds while nothing runs, after so many `answers`: mapped bytes of each kind, what the
+    ledger charges, `host` memory kept for the next sleep, and by the kernel resident bytes beside that memory,
+    mappings and open files."""
 
     kinds: tuple[int, int, int]
     claim: int
@@ -75,6 +75,7 @@ class Held:
     rss: int
     maps: int
     files: int
+    answers: int = 0
 
 
 @dataclass(slots=True)
@@ -262,12 +263,14 @@ class Side:
         proc = Path(f"/proc/{self.server.pid}")
         status = (proc / "status").read_text(encoding="ascii")
         rss = re.search(r"VmRSS:\s+(\d+) kB", status)
+        if rss is None:
+            raise CheckFailed(f"/proc/{self.server.pid}/status does not say what is resident: {status!r}")
         host = sum(slot.host_bytes for slot in slots)
         return Held(
             kinds=(kinds[0], kinds[1], kinds[2]),
             claim=sum(slot.claim for slot in slots),
             host=host,
-            rss=int(rss[1]) * 1024 - host if rss else 0,
+            rss=int(rss[1]) * 1024 - host,
             maps=len((proc / "maps").read_text(encoding="utf-8", errors="replace").splitlines()),
             files=sum(1 for _ in (proc / "fd").iterdir()),
         )

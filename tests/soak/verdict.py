@@ -16,6 +16,7 @@ CHANCE = 0.01
 RSS_SLACK = 8 * MIB
 MAPS_SLACK = 64
 FILES_SLACK = 16
+READINGS = 4  # of what a server holds, at least, to say whether it grows
 
 
 @dataclass(slots=True)
@@ -61,14 +62,47 @@ def chance(few: int, of: int, many: int, among: int) -> float:
     )
 
 
-def growth(values: Sequence[int]) -> int:
+def growth(values: Sequence[float]) -> int:
     """How much the last third lies over the first, by medians; the first value, of a server that has just
-    begun, is left out. 0 of less than four."""
+    begun, is left out. Of less than `READINGS` nothing can be said: raises ValueError."""
+    if len(values) < READINGS:
+        raise ValueError(f"{len(values)} readings, at least {READINGS} are needed")
     later = values[1:]
     third = len(later) // 3
-    if third == 0:
-        return 0
     return round(statistics.median(later[-third:]) - statistics.median(later[:third]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grown:
+    """How much one thing that a server holds grew, and how much stock's did `per` as many answers: the patched
+    server plays twice as many rounds as stock, and a server's caches and heap grow with what it answers."""
+
+    what: str
+    ours: int
+    stock: int
+    slack: int
+    per: float
+
+    @property
+    def allowed(self) -> int:
+        return round(max(0, self.stock) * max(1.0, self.per)) + self.slack
+
+
+def grown(held: Sequence[Held], control: Sequence[Held]) -> tuple[Grown, ...]:
+    """What is compared with stock's. None where either has too few readings."""
+    if min(len(held), len(control)) < READINGS:
+        return ()
+    answers = growth([one.answers for one in held]), growth([one.answers for one in control])
+    return tuple(
+        Grown(
+            what=what,
+            ours=growth([getattr(one, what) for one in held]),
+            stock=growth([getattr(one, what) for one in control]),
+            slack=slack,
+            per=answers[0] / max(1, answers[1]),
+        )
+        for what, slack in (("rss", RSS_SLACK), ("maps", MAPS_SLACK), ("files", FILES_SLACK))
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +178,12 @@ def _leaks(evidence: Evidence) -> list[str]:
         found.append(
             f"{max(claims)} bytes are charged after erasing and trimming, {evidence.fresh.claim} at start"
         )
-    for what, slack in (("rss", RSS_SLACK), ("maps", MAPS_SLACK), ("files", FILES_SLACK)):
-        grown = growth([getattr(held, what) for held in evidence.held])
-        allowed = max(0, growth([getattr(held, what) for held in evidence.control_held])) + slack
-        if grown > allowed:
-            found.append(f"{what} grew by {grown}, allowed (stock's own growth, and some): {allowed}")
+    for one in grown(evidence.held, evidence.control_held):
+        if one.ours > one.allowed:
+            found.append(
+                f"{one.what} grew by {one.ours}, allowed: {one.allowed} (stock grew by {one.stock}, here are "
+                f"{one.per:.2f} times the answers, and {one.slack})"
+            )
     if evidence.slots_left:
         found.append(f"{evidence.slots_left} slots are left in the ledger after the server's end")
     return found

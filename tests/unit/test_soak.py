@@ -44,8 +44,8 @@ def evidence() -> Evidence:
         control=_tally(100, 8),
         patched=_tally(200, 18, 5),
         fresh=_held(),
-        held=tuple(_held() for _ in range(8)),
-        control_held=tuple(_held() for _ in range(4)),
+        held=tuple(_held(answers=25 * n) for n in range(8)),
+        control_held=tuple(_held(answers=25 * n) for n in range(4)),
         alone=22,
         unasked=0,
         differ_alone=(),
@@ -127,7 +127,20 @@ def test_chance() -> None:
 def test_growth_leaves_the_start_out() -> None:
     assert growth([0, 10, 10, 10, 10]) == 0
     assert growth([5, 10, 10, 10, 20, 20, 20]) == 10
-    assert growth([5, 10, 10]) == 0
+    with pytest.raises(ValueError, match="3 readings, at least 4"):
+        growth([5, 10, 10])
+
+
+def test_stock_is_measured_by_as_many_answers(evidence: Evidence) -> None:
+    """Stock that grows by 20 MiB in 40 answers allows 40 MiB and the slack in 80, and no more."""
+    stock = tuple(_held(rss=(100 + n * 5) * verdict.MIB, answers=n * 10) for n in range(8))
+    ours = tuple(_held(rss=(100 + n * 10) * verdict.MIB, answers=n * 20) for n in range(8))
+    assert verdict.problems(replace(evidence, held=ours, control_held=stock)) == []
+    more = tuple(_held(rss=(100 + n * 13) * verdict.MIB, answers=n * 20) for n in range(8))
+    assert "rss grew" in " ".join(verdict.problems(replace(evidence, held=more, control_held=stock)))
+    (rss, *_) = verdict.grown(more, stock)
+    assert (rss.ours, rss.stock, rss.per) == (65 * verdict.MIB, 25 * verdict.MIB, 2.0)
+    assert verdict.grown(more, stock[:3]) == ()
 
 
 def test_a_schedule_is_made_by_its_seed() -> None:
