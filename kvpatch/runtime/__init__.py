@@ -12,8 +12,9 @@ library is loaded on first use; `load` says where from.
 from __future__ import annotations
 
 from kvpatch.runtime.binding import CallError, Library, load
-from kvpatch.runtime.context import ALL_KINDS, Context, Options, Region, Stats
+from kvpatch.runtime.context import ALL_KINDS, Context, Region
 from kvpatch.runtime.ledger import Ledger, Limit, Slot
+from kvpatch.runtime.options import Options, Stats
 from kvpatch.runtime.structures import Backend, Command, Event, Kind, LimitResult, LogLevel, Lookahead
 
 __all__ = [

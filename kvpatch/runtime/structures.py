@@ -1,7 +1,7 @@
 """The public header of libkvcached for ctypes: constants, structures, prototypes.
 
-tests/unit/test_runtime.py holds all of it against the header: sizes, offsets and values as a C compiler sees them, and
-every prototype word for word.
+tests/unit/runtime/test_header.py holds all of it against the header: sizes, offsets and values as a C compiler sees
+them, and every prototype word for word.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def existing() -> set[str]:
         text = path.read_text(encoding="utf-8")
         for suite, name in re.findall(r"^TEST(?:_[A-Z]+)?\((\w+), (\w+)\)", text, re.MULTILINE):
             names.add(f"{suite}.{name}")
-    for path in (ROOT / "tests" / "vmm" / "test_vmm.py", ROOT / "tests" / "unit" / "test_runtime.py"):
+    modules = (ROOT / "tests" / "unit" / "runtime").glob("test_*.py")
+    for path in (ROOT / "tests" / "vmm" / "test_vmm.py", *modules):
         text = path.read_text(encoding="utf-8")
         names |= {f"{path.stem}.{name}" for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
     return names
