@@ -1,72 +1,49 @@
 package kvcached
 
-// FirstCells is how many cells of a sequence a model's first batch makes resident, however short it is: llama.cpp's
-// attention reads the cache in steps of 256 cells, and every page a kernel may read has to be there. No context is
-// smaller: llama.cpp rounds its length up to the same step.
-const FirstCells = 256
+// CUDAContext is what a process's context takes on an NVIDIA GPU before anything is put there, as measured on an H200. It
+// stands in until a child has measured its own.
+const CUDAContext = 527 << 20
 
-// HostPage is the page size that libkvcached uses for ordinary memory unless it is told another.
-const HostPage = 4096
-
-// Need is what a model occupies before its first token.
+// Need is what a model occupies on a device once it is loaded and has read its first token, by kind. Sizes are bytes.
 type Need struct {
-	Weights   uint64 // bytes of the model's files
-	FirstStep uint64 // bytes of KV cache that the first batch maps
+	Weights   uint64 // bytes of the model's files, each once
+	FirstStep uint64 // KV cache and recurrent state that the first batch maps
+	Compute   uint64 // compute buffers: an estimate that is meant to be enough; 0 where only llama.cpp knows
+	Context   uint64 // a process's own on each GPU that it uses; 0 in host memory
 	Outside   uint64 // of the weights, bytes that the child holds outside the library and does not claim itself
+	Reserved  uint64 // KV cache and recurrent state with the whole context in use; not part of Total
+	Inexact   string // why FirstStep and Reserved are upper estimates; "" where they are exact
 }
 
 // Total is the size of the lease that covers the need.
-func (n Need) Total() uint64 { return n.Weights + n.FirstStep }
+func (n Need) Total() uint64 { return n.Weights + n.FirstStep + n.Compute + n.Context }
 
-// Layer is the KV cache of one layer: elements of K and V a cell. Zero where a layer keeps none.
-type Layer struct{ K, V uint64 }
+// Fixed is the part of the lease that no claim of the child uses up.
+func (n Need) Fixed() uint64 { return n.Outside + n.Context }
 
-// Shape is what decides the size of a KV cache.
-type Shape struct {
-	Layers  []Layer
-	KVType  string // element type of K and V; "" is f16
-	Page    uint64 // bytes of a page; 0 is HostPage
-	Weights uint64 // bytes of the model's files
-}
-
-// Need sums, over K and V of every layer, the pages of one sequence's first cells (all weights count as outside):
-//
-//	first step = sum over layers of pages(FirstCells * bytes(K row)) + pages(FirstCells * bytes(V row))
-//
-// with pages() rounding up to whole pages. It is a prediction: what a layer keeps beside K and V (recurrent state, a
-// projector's buffers) and the compute buffers are not in it, and the child's own claim takes its place once that is larger.
-func (s Shape) Need() Need {
-	page := s.Page
-	if page == 0 {
-		page = HostPage
+// Split divides the need among devices in proportion to parts (free bytes, or layers). A part of 0 gets nothing. Each of
+// the others has a context of its own and its own compute buffers; shares are rounded up, so that their sum is enough.
+func (n Need) Split(parts []uint64) []Need {
+	var whole float64
+	for _, part := range parts {
+		whole += float64(part)
 	}
-	need := Need{Weights: s.Weights, Outside: s.Weights}
-	for _, layer := range s.Layers {
-		for _, elements := range []uint64{layer.K, layer.V} {
-			bytes := FirstCells * rowBytes(elements, s.KVType)
-			need.FirstStep += (bytes + page - 1) / page * page
+	shares := make([]Need, len(parts))
+	for i, part := range parts {
+		if part == 0 {
+			continue
+		}
+		fraction := float64(part) / whole
+		share := func(bytes uint64) uint64 {
+			if fraction == 1 {
+				return bytes
+			}
+			return min(bytes, uint64(float64(bytes)*fraction)+1)
+		}
+		shares[i] = Need{
+			Weights: share(n.Weights), FirstStep: share(n.FirstStep), Outside: share(n.Outside), Reserved: share(n.Reserved),
+			Compute: n.Compute, Context: n.Context, Inexact: n.Inexact,
 		}
 	}
-	return need
-}
-
-// rowBytes is the size of n elements in ggml's storage types that llama-server accepts for its cache. Block types store
-// 32 elements together. A type that is not known is counted as f16: llama-server itself refuses it.
-func rowBytes(n uint64, kvType string) uint64 {
-	blocks := (n + 31) / 32
-	switch kvType {
-	case "f32":
-		return n * 4
-	case "q8_0":
-		return blocks * 34
-	case "q5_1":
-		return blocks * 24
-	case "q5_0":
-		return blocks * 22
-	case "q4_1":
-		return blocks * 20
-	case "q4_0", "iq4_nl":
-		return blocks * 18
-	}
-	return n * 2
+	return shares
 }

@@ -12,76 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 
-	"github.com/ollama/ollama/api"
 	"github.com/ollama/ollama/fs/ggml"
 	"github.com/ollama/ollama/kvcached"
 )
-
-// KVCachedNeed predicts what a model occupies before its first token: its files, each counted once (a projector may be
-// inside the model's own), and the KV cache that the first batch makes resident.
-func KVCachedNeed(modelPath string, f *ggml.GGML, adapters, projectors []string, draft, kvCacheType string) kvcached.Need {
-	shape := kvcached.Shape{KVType: strings.ToLower(kvCacheType), Page: kvcachedPage()}
-
-	counted := map[string]bool{"": true}
-	for _, paths := range [][]string{{modelPath, draft}, adapters, projectors} {
-		for _, path := range paths {
-			if counted[path] {
-				continue
-			}
-			counted[path] = true
-			if info, err := os.Stat(path); err == nil {
-				shape.Weights += uint64(info.Size())
-			}
-		}
-	}
-
-	// Models that attend in both directions embed a text in one batch and keep no cache.
-	if kv := f.KV(); kv.Bool("attention.causal", true) {
-		for _, heads := range kv.HeadCountKV() {
-			shape.Layers = append(shape.Layers, kvcached.Layer{
-				K: heads * kv.EmbeddingHeadCountK(),
-				V: heads * kv.EmbeddingHeadCountV(),
-			})
-		}
-	}
-	return shape.Need()
-}
-
-// kvcachedPage is the page size that the child is told by the same variable, 0 for the library's own. A value that is
-// not a number is the child's to refuse.
-func kvcachedPage() uint64 {
-	page, err := strconv.ParseUint(os.Getenv("KVCACHED_PAGE_SIZE"), 10, 64)
-	if err != nil {
-		return 0
-	}
-	return page
-}
-
-// kvcachedOutside is the part of a model's weights that its child does not map through the library: all of them where the
-// file is memory-mapped; else those that the CPU's backend keeps in a layout of its own. A prediction for a model on the
-// CPU; for one on a GPU, whose weights are claimed on that device, it does not matter.
-func kvcachedOutside(opts api.Options, cpu kvcached.CPU, f *ggml.GGML, weights uint64) uint64 {
-	if opts.UseMMap == nil || *opts.UseMMap {
-		return weights
-	}
-	tensors := f.Tensors().Items()
-	tied := !slices.ContainsFunc(tensors, func(t *ggml.Tensor) bool { return t.Name == "output.weight" })
-	var outside uint64
-	for _, t := range tensors {
-		switch {
-		case len(t.Shape) != 2 && len(t.Shape) != 3:
-		case t.Name == "token_embd.weight" && !tied:
-			// only looked up; without an output matrix a copy of it is that
-		case cpu.Repacks(t.Type(), t.Shape[0], t.Shape[1], len(t.Shape) == 3):
-			outside += t.Size()
-		}
-	}
-	return outside
-}
 
 // kvcachedPrepare refuses a model that does not fit with a *kvcached.LimitError; its lease is taken when its child is
 // started. With elastic memory off it only spells out what the user may have written in another way, for the child to read.
@@ -94,7 +30,7 @@ func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adap
 		return nil
 	}
 
-	need := KVCachedNeed(modelPath, f, adapters, projectors, config.DraftModelPath, kvCacheType)
+	need := KVCachedNeed(KVCachedLoad{ModelPath: modelPath, GGML: f, Adapters: adapters, Projectors: projectors, Draft: config.DraftModelPath, KVCacheType: kvCacheType})
 	if err := manager.Check(modelPath, need); err != nil {
 		slog.Warn("kvcached: model refused, no runner is started", "model", modelPath, "error", err)
 		return err
@@ -105,8 +41,7 @@ func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adap
 // kvcachedLease takes the lease for a child that is about to be started, and puts into its environment where its slot is.
 func (s *llamaServerRunner) kvcachedLease(manager *kvcached.Manager) error {
 	l := s.launch
-	need := KVCachedNeed(l.modelPath, s.ggml, l.adapters, l.projectors, l.config.DraftModelPath, l.kvCacheType)
-	need.Outside = kvcachedOutside(l.opts, kvcached.ThisCPU(), s.ggml, need.Weights)
+	need := s.kvcachedNeed()
 	cache := manager.NewKVCache(l.modelPath, need)
 	if err := cache.Allocate(int(need.Total())); err != nil {
 		return err

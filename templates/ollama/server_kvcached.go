@@ -88,8 +88,10 @@ func (s *Scheduler) kvcachedAdmit(manager *kvcached.Manager, req *LlmRequest, be
 	if err != nil {
 		return false, nil // load reports it
 	}
-	need := llm.KVCachedNeed(req.model.ModelPath, f, req.model.AdapterPaths, req.model.ProjectorPaths,
-		llamaServerConfigForModel(req.model).DraftModelPath, envconfig.KvCacheType())
+	need := llm.KVCachedNeed(llm.KVCachedLoad{
+		ModelPath: req.model.ModelPath, GGML: f, Adapters: req.model.AdapterPaths, Projectors: req.model.ProjectorPaths,
+		Draft: llamaServerConfigForModel(req.model).DraftModelPath, KVCacheType: envconfig.KvCacheType(),
+	})
 	err = manager.Check(req.model.ModelPath, need)
 	var limit *kvcached.LimitError
 	switch {

@@ -114,7 +114,7 @@ def test_manifest_names_every_file() -> None:
         f"kvcached/{p.name}" for p in (SHIM / "kvcached").glob("*.go") if not p.name.endswith("_test.go")
     }
     bodies = {p.name.removesuffix(".j2") for p in TEMPLATES.iterdir() if p.suffix in {".go", ".j2"}}
-    hooks = {name.replace("_kvcached.go", "/kvcached.go") for name in bodies if not name.startswith("zz_")}
+    hooks = {name.replace("_kvcached", "/kvcached") for name in bodies if not name.startswith("zz_")}
     assert made == package | hooks | {"kvcached/kvcached.h", "kvcached/zz_generated_cgo_linux.go"}
 
 

@@ -159,7 +159,7 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 	if got := kvcachedVariables(t, environment); got != variables(1) {
 		t.Errorf("environment: %s, want %s", got, variables(1))
 	}
-	if slots, _ := ledger.Slots(); len(slots) != 1 || slots[0].Lease != KVCachedNeed(path, f, nil, nil, "", "").Total() {
+	if slots, _ := ledger.Slots(); len(slots) != 1 || slots[0].Lease != KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}).Total() {
 		t.Errorf("while it runs: %+v", slots)
 	}
 
@@ -273,7 +273,7 @@ func TestKVCachedOutside(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	need := KVCachedNeed(path, f, nil, nil, "", "")
+	need := KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f})
 	slots, _ := ledger.Slots()
 	if slots[0].Fixed != need.Weights || slots[1].Fixed != 0 || slots[0].Lease != need.Total() || slots[1].Lease != need.Total() {
 		t.Errorf("%+v; need %+v", slots, need)
@@ -286,7 +286,7 @@ func TestKVCachedRefusalStartsNothing(t *testing.T) {
 	path, f := kvcachedModel(t)
 	_, err := kvcachedRunner(path, f)
 	var refusal *kvcached.LimitError
-	if !errors.As(err, &refusal) || refusal.Limit != 1000 || refusal.Need != KVCachedNeed(path, f, nil, nil, "", "") {
+	if !errors.As(err, &refusal) || refusal.Limit != 1000 || refusal.Need != KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}) {
 		t.Errorf("%v", err)
 	}
 	if IsOutOfMemory(err) || statusErrorLine(err.Error()) != "" {

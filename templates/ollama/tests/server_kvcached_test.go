@@ -76,7 +76,7 @@ func (l *leasing) Close() error {
 func kvcachedScheduler(t *testing.T, ctx context.Context, models float64) (*Scheduler, *kvcached.Manager) {
 	t.Helper()
 	path, f := kvcachedModel(t)
-	one := llm.KVCachedNeed(path, f, nil, nil, "", "").Total()
+	one := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: path, GGML: f}).Total()
 	manager, err := kvcached.Open(kvcached.Settings{Enabled: true, Limit: uint64(models * float64(one)), Source: "a test"}, &budget{}, "")
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +89,7 @@ func kvcachedScheduler(t *testing.T, ctx context.Context, models float64) (*Sche
 	s.getGpuFn = func(context.Context, []ml.FilteredRunnerDiscovery) []ml.DeviceInfo { return nil }
 	s.getSystemInfoFn = getSystemInfoFn
 	s.newServerFn = func(_ ml.SystemInfo, _ []ml.DeviceInfo, model string, f *ggml.GGML, adapters []string, projectors []string, _ api.Options, _ int, config llm.LlamaServerConfig) (llm.LlamaServer, error) {
-		need := llm.KVCachedNeed(model, f, adapters, projectors, config.DraftModelPath, envconfig.KvCacheType())
+		need := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: model, GGML: f, Adapters: adapters, Projectors: projectors, Draft: config.DraftModelPath, KVCacheType: envconfig.KvCacheType()})
 		cache := manager.NewKVCache(model, need)
 		if err := cache.Allocate(int(need.Total())); err != nil {
 			return nil, err
@@ -166,10 +166,10 @@ func TestKVCachedNeed(t *testing.T) {
 		t.Fatal(err)
 	}
 	// 2 layers, K and V, 256 cells of 4 heads of 64 elements of 2 bytes
-	if got, want := llm.KVCachedNeed(path, f, nil, []string{path}, "", ""), (kvcached.Need{Weights: uint64(info.Size()), FirstStep: 2 * 2 * 256 * 4 * 64 * 2, Outside: uint64(info.Size())}); got != want {
+	if got, want := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: path, GGML: f, Projectors: []string{path}}), (kvcached.Need{Weights: uint64(info.Size()), FirstStep: 2 * 2 * 256 * 4 * 64 * 2, Outside: uint64(info.Size())}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
-	if got := llm.KVCachedNeed(path, f, []string{path + ".none"}, nil, "", "Q8_0").FirstStep; got != 2*2*256*8*34 {
+	if got := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: path, GGML: f, Adapters: []string{path + ".none"}, KVCacheType: "Q8_0"}).FirstStep; got != 2*2*256*8*34 {
 		t.Errorf("q8_0: %d", got)
 	}
 }
@@ -197,7 +197,7 @@ func TestKVCachedMakesRoom(t *testing.T) {
 func TestKVCachedRefusesWhatNeverFits(t *testing.T) {
 	s, _ := kvcachedScheduler(t, t.Context(), 1.5)
 	small, f := kvcachedModel(t)
-	huge, _ := kvcachedModel(t, make([]byte, int(llm.KVCachedNeed(small, f, nil, nil, "", "").Total()))...)
+	huge, _ := kvcachedModel(t, make([]byte, int(llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: small, GGML: f}).Total()))...)
 
 	var refusal *kvcached.LimitError
 	err := ask(t, s, "huge", huge)
