@@ -51,6 +51,21 @@ class ReleaseRow:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaCppRow:
+    """A llama-cpp-python source distribution, the llama.cpp in it, and how far it was verified. `patches` counts those
+    that our series has for it."""
+
+    version: str
+    date: str
+    commit: str
+    patches: int
+    status: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def examine(cache: Path) -> tuple[Finding, ...]:
     """Look at every tool, the cache, and the place of the ledger. Installs nothing."""
     findings = [_tool(requirement, cache / "tools") for requirement in toolchain.ALL]
@@ -90,6 +105,21 @@ def releases(known: pins.Pins, data: Path) -> tuple[ReleaseRow, ...]:
             status=release.status,
         )
         for release in known.ollama
+    )
+
+
+def llama_cpp(known: pins.Pins, data: Path) -> tuple[LlamaCppRow, ...]:
+    """Every pinned source distribution of llama.cpp, oldest first."""
+    series = load_series(data / "patches" / "llama.cpp")
+    return tuple(
+        LlamaCppRow(
+            version=sdist.version,
+            date=sdist.date,
+            commit=sdist.commit,
+            patches=len(series.select(sdist.date)),
+            status=sdist.status,
+        )
+        for sdist in known.sdists
     )
 
 

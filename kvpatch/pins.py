@@ -89,7 +89,7 @@ class Pins:
                 return sdist
         raise UsageError(
             f"llama-cpp-python {wanted} is not pinned in patches/pins.toml",
-            hint=f"pinned: {', '.join(s.version for s in self.sdists)}",
+            hint=f"pinned: {', '.join(s.version for s in self.sdists)} (`kvpatch versions --llama-cpp`)",
         )
 
     def llama_cpp_date(self, ref: str) -> str | None:

@@ -17,12 +17,15 @@ from kvpatch.errors import PatchError, SourceError, UsageError
 from kvpatch.patching import Patch, load_series
 from kvpatch.sources import LLAMA_CPP, OLLAMA, Pin, Progress, Resolved, Store
 from kvpatch.sources.sdist import file_version as sdist_version
+from kvpatch.sources.sdist import is_spec
 from kvpatch.stages import output
 
 BACKENDS = ("cpu", "cuda")
 CUDA = "cuda"
 # What CMake's CMAKE_CUDA_ARCHITECTURES takes.
 _CUDA_ARCH = re.compile(r"\d{2,3}[af]?(-real|-virtual)?|native|all|all-major")
+# How llama-cpp-python calls its versions; llama.cpp has no tag like that.
+_SDIST_VERSION = re.compile(r"\d+\.\d+\.\d+\S*")
 SDIST = "sdist"
 STOCK = "stock"
 Kind = Literal["ollama", "llama.cpp"]
@@ -164,6 +167,7 @@ def make(request: Request, *, progress: Progress) -> Plan:
     cache = paths.cache_root(request.cache)
     store = Store(cache / "sources")
     _check(request)
+    _check_llama_cpp(known, request)
     if request.llama_cpp is None and request.ollama_source is None:
         known.release(request.ollama or known.default_ollama)
     # Before anything is fetched: a missing compiler should not be found out after minutes of download.
@@ -267,6 +271,20 @@ def _check(request: Request) -> None:
         raise UsageError(
             f"--jobs {request.jobs}: at least 1 is needed", hint="leave --jobs out to use every core"
         )
+
+
+def _check_llama_cpp(known: pins.Pins, request: Request) -> None:
+    # Neither is anything that a git host could know: it is not asked.
+    ref, source = request.llama_cpp or "", request.llama_cpp_source
+    named = ref.partition(":")[2]
+    if is_spec(ref) and named:
+        version = sdist_version(named) or named
+        raise UsageError(
+            f"--llama-cpp {ref}: a source is named by --llama-cpp-source",
+            hint=f"--llama-cpp {version}, or --llama-cpp {SDIST} --llama-cpp-source {ref}",
+        )
+    if _SDIST_VERSION.fullmatch(ref) and (source is None or is_spec(source)):
+        known.sdist(ref)
 
 
 def _release(known: pins.Pins, store: Store, request: Request) -> pins.OllamaRelease:

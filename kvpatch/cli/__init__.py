@@ -45,6 +45,9 @@ def run(argv: list[str]) -> int:
         return code
     except typer.Exit as done:
         return int(done.exit_code)
+    except SystemExit:
+        # The parser ends the process itself where nobody reads what it prints (help), and nowhere else.
+        return output.READER_GONE
     except ParseError as error:
         return screen.usage_error(error)
     except KvpatchError as error:

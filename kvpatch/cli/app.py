@@ -237,10 +237,20 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.command(name="versions", help="Releases, their pins, and what was verified on them.")
-def _versions(context: typer.Context, json_output: options.JsonOption = False) -> None:
+def _versions(
+    context: typer.Context,
+    llama_cpp: Annotated[
+        bool, typer.Option("--llama-cpp", help="List the versions and dates of llama.cpp that are pinned.")
+    ] = False,
+    json_output: options.JsonOption = False,
+) -> None:
     del json_output
     screen: Screen = context.obj
     known = pins.load(paths.data_dir() / "patches" / "pins.toml")
+    if llama_cpp:
+        dates = doctor.llama_cpp(known, paths.data_dir())
+        screen.result({"llama_cpp": [row.to_json() for row in dates]}, tables.llama_cpp(dates, known))
+        return
     rows = doctor.releases(known, paths.data_dir())
     screen.result({"releases": [row.to_json() for row in rows]}, tables.versions(rows, known))
 

@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -21,6 +22,8 @@ from kvpatch.events import Events
 
 ENVELOPE_SCHEMA = 1
 _LOG_COLUMNS = 200
+# What a shell reports of a program that SIGPIPE ended.
+READER_GONE = 128 + signal.SIGPIPE
 # Newer typers carry their own copy of click and older ones import it; both name this base class, neither exports it.
 ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -29,6 +32,21 @@ def command_name(argv: Sequence[str]) -> str:
     """The command in an argument list, for the envelope: the first word that is no option, of `bench` the next too."""
     words = [word for word in argv if not word.startswith("-")]
     return " ".join(words[: 2 if words[:1] == ["bench"] else 1]) or "kvpatch"
+
+
+class _Console(Console):
+    """A console that ends the command where its reader has gone, as `head` does; rich would say 1, without a word."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _to_nowhere(self.file)
+        raise typer.Exit(READER_GONE)
+
+
+def _to_nowhere(stream: IO[str]) -> None:
+    # What is buffered would be written once more at the end of the process, and Python complain.
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Screen:
@@ -40,10 +58,10 @@ class Screen:
         self._stdout = sys.stdout
         # Without a terminal there is no width to fit: a table cut at 80 columns helps nobody who reads a log.
         # No emoji: ":100:" in a compiler's message is a line number.
-        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self._out = _Console(highlight=False, soft_wrap=True, emoji=False)
         if not self._out.is_terminal:
-            self._out = Console(highlight=False, soft_wrap=True, emoji=False, width=_LOG_COLUMNS)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+            self._out = _Console(highlight=False, soft_wrap=True, emoji=False, width=_LOG_COLUMNS)
+        self._err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def events(self) -> Events:
         """A listener for a running build: live rows on a terminal, folds in CI, plain lines elsewhere."""
@@ -125,9 +143,10 @@ class Screen:
         return exit_code
 
     def _error_lines(self, message: str, hint: str | None) -> None:
-        self._err.print(Text.assemble(("error: ", "bold red"), message))
-        if hint:
-            self._err.print(Text.assemble(("next: ", "bold"), hint))
+        with contextlib.suppress(typer.Exit):  # nobody reads it: the exit code is the error's all the same
+            self._err.print(Text.assemble(("error: ", "bold red"), message))
+            if hint:
+                self._err.print(Text.assemble(("next: ", "bold"), hint))
         if os.environ.get("GITHUB_ACTIONS") == "true":
             sys.stderr.write(
                 annotation("error", f"kvpatch {self.command}", message.partition("\n")[0]) + "\n"
@@ -144,5 +163,10 @@ class Screen:
             "data": data,
             "errors": errors,
         }
-        self._stdout.write(json.dumps(envelope, indent=2, default=str) + "\n")
-        self._stdout.flush()
+        try:
+            self._stdout.write(json.dumps(envelope, indent=2, default=str) + "\n")
+            self._stdout.flush()
+        except BrokenPipeError:
+            _to_nowhere(self._stdout)
+            if exit_code == 0:
+                raise typer.Exit(READER_GONE) from None

@@ -11,7 +11,7 @@ from rich.text import Text
 from kvpatch.bench import ColdBuild
 from kvpatch.bench import figures as benched
 from kvpatch.demo import DemoReport
-from kvpatch.doctor import Finding, ReleaseRow
+from kvpatch.doctor import Finding, LlamaCppRow, ReleaseRow
 from kvpatch.pins import Pins
 from kvpatch.pipeline import Outcome, Step
 from kvpatch.plan import Plan
@@ -162,6 +162,15 @@ def versions(rows: Sequence[ReleaseRow], known: Pins) -> Table:
             str(row.patches),
             row.status,
         )
+    return table
+
+
+def llama_cpp(rows: Sequence[LlamaCppRow], known: Pins) -> Table:
+    """A row a source distribution, newest last."""
+    table = Table("llama.cpp", "date", "commit", "patches", "status", box=None, pad_edge=False)
+    for row in rows:
+        mark = " (default)" if row.version == known.default_sdist else ""
+        table.add_row(row.version + mark, row.date, row.commit, str(row.patches), row.status)
     return table
 
 

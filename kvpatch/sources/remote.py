@@ -178,7 +178,7 @@ class Remote:
         runner = self._network()
         status, out, stderr = runner.attempt("ls-remote", "--quiet", "origin", *patterns)
         if status != 0:
-            raise self._explained(runner.failure(("ls-remote",), status, stderr), "list its tags")
+            raise self._explained(runner.failure(("ls-remote",), status, stderr), "list the tags")
         pairs = (
             line.split("\t", 1)
             for line in out.decode("utf-8", "surrogateescape").splitlines()

@@ -32,6 +32,17 @@ def test_versions_lists_every_release_with_its_pin(capsys: pytest.CaptureFixture
     assert default["patches"] >= 1
 
 
+def test_versions_lists_the_dates_of_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["versions", "--llama-cpp", "--json"]) == 0
+    rows = envelope(capsys)["data"]["llama_cpp"]
+    assert [row["date"] for row in rows] == sorted(row["date"] for row in rows)
+    one = next(row for row in rows if row["version"] == "0.3.35")
+    assert (one["commit"], one["date"], one["status"]) == ("4df29be4f", "2026-08-13", "built")
+    assert one["patches"] >= 1
+    assert cli.run(["versions", "--llama-cpp"]) == 0
+    assert "0.3.35 (default)" in capsys.readouterr().out
+
+
 def test_doctor_names_what_is_missing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

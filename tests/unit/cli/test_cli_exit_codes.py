@@ -27,6 +27,9 @@ class TestExitCodes:
             (["build", "--backend", "cuda", "--cuda-arch", "sm_90"], 2, "is not an architecture"),
             (["build", "--ollama", "v0.32.15", "--llama-cpp", "b1"], 2, "two different things"),
             (["build", "--jobs", "0"], 2, "at least 1"),
+            (["build", "--llama-cpp", "0.3.99"], 2, "llama-cpp-python 0.3.99 is not pinned"),
+            (["build", "--llama-cpp", "0.3.99", "--llama-cpp-source", "sdist"], 2, "0.3.99 is not pinned"),
+            (["build", "--llama-cpp", "sdist:0.3.24"], 2, "a source is named by --llama-cpp-source"),
             (["build", "--ollama", "v9.9.9"], 4, "v9.9.9 is not a release"),
             (["smoke", "/no/such/folder"], 2, "/no/such/folder"),
             (["verify", "/no/such/folder"], 9, "has no kvpatch.json"),
@@ -46,6 +49,42 @@ class TestExitCodes:
         assert expected in text.err
         assert "next:" in text.err
         assert text.out == ""
+
+    def test_the_way_out_of_a_source_in_the_wrong_place(
+        self, cache: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for given, version in (
+            ("sdist:0.3.24", "0.3.24"),
+            ("sdist:/x/llama_cpp_python-0.3.28.tar.gz", "0.3.28"),
+        ):
+            assert cli.run(["build", "--llama-cpp", given, "--json"]) == 2
+            hint = f"--llama-cpp {version}, or --llama-cpp sdist --llama-cpp-source {given}"
+            assert envelope(capsys)["errors"][0]["hint"] == hint
+
+    @pytest.mark.parametrize(
+        ("argv", "code"),
+        [
+            (["versions"], 141),
+            (["versions", "--json"], 141),
+            (["--help"], 141),
+            (["build", "--jobs", "0"], 2),
+            (["build", "--jobs", "0", "--json"], 2),
+        ],
+    )
+    def test_a_reader_that_has_gone(self, argv: list[str], code: int) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            both = argv[0] == "build"
+            done = subprocess.run(
+                [sys.executable, "-m", "kvpatch", *argv],
+                stdout=write,
+                stderr=write if both else subprocess.PIPE,
+                check=False,
+            )
+        finally:
+            os.close(write)
+        assert (done.returncode, done.stderr or b"") == (code, b"")
 
     def test_an_unusable_out_is_told_before_anything_runs(
         self, build: Callable[..., int], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
