@@ -32,12 +32,13 @@ int kvcached_read(kvcached_region_t r, size_t off, void *dst, size_t len) {
   if (err || len == 0) return err;
   if (!dst) return kvc_fail(KVCACHED_E_INVAL, "dst is NULL, for %zu bytes", len);
   struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, n, at;
+  const kvc_span pages = kvc_touched(r, off, len);
+  size_t n, at;
   int queued = 0, settled;
   (void)pthread_mutex_lock(&ctx->mutex);
   while (!err && kvc_sleeps(r)) err = kvc_note_limit(r, kvc_wake_region(r));
-  for (size_t i = first; i < end && !err; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
+  for (size_t i = pages.first; i < pages.end && !err; i += n) {
+    n = kvc_pages_run(&r->pages, i, pages.end);
     size_t bytes = part(r, i, n, off, off + len, &at);
     char *to = (char *)dst + (at - off);
     if (r->pages.state[i] != KVC_ENSURED) {
@@ -61,8 +62,9 @@ static int write_now(struct kvcached_region *r, size_t off, const void *src, siz
 
 /* By a reload function, on the thread that wakes the region and has the mutex. */
 static int write_reloading(struct kvcached_region *r, size_t off, const void *src, size_t len) {
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1;
-  if (r->pages.state[first] != KVC_ENSURED || kvc_pages_run(&r->pages, first, end) != end - first)
+  const kvc_span pages = kvc_touched(r, off, len);
+  if (r->pages.state[pages.first] != KVC_ENSURED ||
+      kvc_pages_run(&r->pages, pages.first, pages.end) != pages.end - pages.first)
     return kvc_fail(KVCACHED_E_INVAL,
                     "a reload function wrote %zu bytes at %zu, where not all pages were in use before", len,
                     off);
@@ -72,14 +74,14 @@ static int write_reloading(struct kvcached_region *r, size_t off, const void *sr
 
 /* After a write that failed: pages that it was the first to ensure are so no longer. The pool gets back what
    it had, `pooled` bytes. Where the write may still be under way they stay, idle. */
-static void unensure(struct kvcached_region *r, size_t first, size_t end, const uint8_t *before,
-                     uint64_t pooled, int settled) {
+static void unensure(struct kvcached_region *r, kvc_span pages, const uint8_t *before, uint64_t pooled,
+                     int settled) {
   struct kvcached_ctx *ctx = r->ctx;
   kvc_detail d = kvc_detail_keep();
   size_t n, changed = 0;
-  for (size_t i = first; i < end; i += n) {
-    uint8_t was = before[i - first];
-    for (n = 1; i + n < end && before[i + n - first] == was;) n++;
+  for (size_t i = pages.first; i < pages.end; i += n) {
+    uint8_t was = before[i - pages.first];
+    for (n = 1; i + n < pages.end && before[i + n - pages.first] == was;) n++;
     if (was == KVC_ENSURED) continue;
     changed += n;
     uint64_t freed, now = kvc_pool_bytes(ctx), to_pool = pooled > now ? pooled - now : 0;
@@ -102,19 +104,20 @@ int kvcached_write(kvcached_region_t r, size_t off, const void *src, size_t len)
   if (!src) return kvc_fail(KVCACHED_E_INVAL, "src is NULL, for %zu bytes", len);
   if (kvc_reloading(r)) return write_reloading(r, off, src, len);
   struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1;
-  uint8_t few[64], *before = end - first <= sizeof(few) ? few : malloc(end - first);
-  if (!before) return kvc_fail(KVCACHED_E_NOMEM, "no memory for the states of %zu pages", end - first);
+  const kvc_span pages = kvc_touched(r, off, len);
+  const size_t count = pages.end - pages.first;
+  uint8_t few[64], *before = count <= sizeof(few) ? few : malloc(count);
+  if (!before) return kvc_fail(KVCACHED_E_NOMEM, "no memory for the states of %zu pages", count);
   (void)pthread_mutex_lock(&ctx->mutex);
   uint64_t pooled = kvc_pool_bytes(ctx);
   /* Waiting for the helper lets go of the mutex: what was ensured may sleep again, or be released. */
-  while (!(err = kvc_note_limit(r, kvc_ensure_noting(r, first, end, before))) && r->copy.reading)
+  while (!(err = kvc_note_limit(r, kvc_ensure_noting(r, pages.first, pages.end, before))) && r->copy.reading)
     kvc_wait_worker(r);
   if (!err) {
     kvc_hostcopy_invalidate(r);
     int settled;
     err = write_now(r, off, src, len, &settled);
-    if (err) unensure(r, first, end, before, pooled, settled);
+    if (err) unensure(r, pages, before, pooled, settled);
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   if (before != few) free(before);
@@ -125,10 +128,11 @@ int kvcached_write(kvcached_region_t r, size_t off, const void *src, size_t len)
 
 static int clear_awake(struct kvcached_region *r, size_t off, size_t len) {
   struct kvcached_ctx *ctx = r->ctx;
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, n, at;
+  const kvc_span pages = kvc_touched(r, off, len);
+  size_t n, at;
   int err = KVCACHED_OK, queued = 0, settled;
-  for (size_t i = first; i < end && !err; i += n) {
-    n = kvc_pages_run(&r->pages, i, end);
+  for (size_t i = pages.first; i < pages.end && !err; i += n) {
+    n = kvc_pages_run(&r->pages, i, pages.end);
     if (r->pages.state[i] != KVC_ENSURED) continue;
     size_t bytes = part(r, i, n, off, off + len, &at);
     err = kvc_call(ctx)->zero(ctx->device, KVC_LANE_CALLER, &r->space, at, bytes);

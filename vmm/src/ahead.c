@@ -117,8 +117,8 @@ void kvc_look_ahead(struct kvcached_region *r) {
 /* The pages that a range touches and that are to be mapped; 0: none. */
 static int span_of(const struct kvcached_region *r, const kvcached_range_t *range, kvc_span *span) {
   if (range->len == 0) return 0;
-  span->end = (range->off + range->len - 1) / r->unit + 1;
-  span->first = kvc_pages_find(&r->pages, range->off / r->unit, span->end, KVC_UNMAPPED);
+  *span = kvc_touched(r, range->off, range->len);
+  span->first = kvc_pages_find(&r->pages, span->first, span->end, KVC_UNMAPPED);
   return span->first < span->end;
 }
 
@@ -147,9 +147,7 @@ static int ask(struct kvcached_region *r, const kvcached_range_t *ranges, size_t
 }
 
 int kvcached_prepare_ranges(kvcached_region_t r, const kvcached_range_t *ranges, size_t n) {
-  int err = kvc_check_range(r, 0, 0);
-  if (!err && n > 0 && !ranges) err = kvc_fail(KVCACHED_E_INVAL, "ranges is NULL, and n is %zu", n);
-  for (size_t i = 0; i < n && !err; i++) err = kvc_check_range(r, ranges[i].off, ranges[i].len);
+  int err = kvc_check_ranges(r, ranges, n);
   if (err) return err;
   struct kvcached_ctx *ctx = r->ctx;
   if (ctx->options.lookahead == KVCACHED_LOOKAHEAD_OFF) return KVCACHED_OK;

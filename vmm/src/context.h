@@ -150,6 +150,12 @@ int kvc_ensure(struct kvcached_region *region, size_t first, size_t end);
 int kvc_ensure_noting(struct kvcached_region *region, size_t first, size_t end, uint8_t *before);
 /* E_INVAL, E_FORKED. */
 int kvc_check_range(const struct kvcached_region *region, size_t off, size_t len);
+/* The same for a list of ranges. */
+int kvc_check_ranges(const struct kvcached_region *region, const kvcached_range_t *ranges, size_t n);
+/* The pages that a range (len > 0) touches. */
+static inline kvc_span kvc_touched(const struct kvcached_region *r, size_t off, size_t len) {
+  return (kvc_span){off / r->unit, (off + len - 1) / r->unit + 1};
+}
 /* Where pages [first, first + n) begin and end in the region: its last page may be short. */
 static inline size_t kvc_off(const struct kvcached_region *r, size_t first) { return first * r->unit; }
 static inline size_t kvc_bytes(const struct kvcached_region *r, size_t first, size_t n) {

@@ -51,13 +51,9 @@ static uint64_t span_bytes(const ensuring *e, uint8_t state) {
    no use for. */
 static uint64_t spare_bytes(const ensuring *e) {
   const struct kvcached_region *r = e->r;
-  const struct kvcached_ctx *ctx = r->ctx;
-  uint64_t spare = kvc_pool_bytes(ctx), use = 0;
-  for (const struct kvcached_region *q = ctx->regions; q; q = q->next)
-    spare += kvc_state_bytes(q, KVC_IDLE) + kvc_state_bytes(q, KVC_READY);
-  spare -= span_bytes(e, KVC_IDLE) + span_bytes(e, KVC_READY);
-  use = span_bytes(e, KVC_UNMAPPED) - kvc_missing(r, e->spans, KVC_UNMAPPED);
-  return spare - use;
+  uint64_t wanted = span_bytes(e, KVC_IDLE) + span_bytes(e, KVC_READY);
+  uint64_t use = span_bytes(e, KVC_UNMAPPED) - kvc_missing(r, e->spans, KVC_UNMAPPED);
+  return kvc_spare_bytes(r->ctx) - wanted - use;
 }
 
 /* Moves idle pages from elsewhere into the pool, out of which the range then takes them: nothing is destroyed

@@ -196,25 +196,16 @@ static int apply_limit(struct kvcached_ctx *ctx, size_t limit) {
 static uint64_t above_limit(struct kvcached_ctx *ctx) {
   kvc_account a;
   if (account(ctx, &a)) return 0;
-  uint64_t above = minus(a.group_charge, a.group_limit), idle = kvc_pool_bytes(ctx);
-  for (const struct kvcached_region *r = ctx->regions; r; r = r->next)
-    idle += kvc_state_bytes(r, KVC_IDLE) + kvc_state_bytes(r, KVC_READY);
-  return above < idle ? above : idle;
+  uint64_t above = minus(a.group_charge, a.group_limit), spare = kvc_spare_bytes(ctx);
+  return above < spare ? above : spare;
 }
 
 static void drain(struct kvcached_ctx *ctx) {
-  uint64_t above = above_limit(ctx), freed = 0;
+  uint64_t above = above_limit(ctx);
   if (above == 0) return;
-  if (kvc_quiesce(ctx)) {
-    kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest, nothing was given back: %s",
-            kvcached_last_error());
-    return;
-  }
-  freed = kvc_give_up_idle(ctx, above, NULL, (kvc_spans){0});
+  uint64_t freed = kvc_give_up_idle(ctx, above, NULL, (kvc_spans){0});
   kvc_log(ctx, KVCACHED_LOG_INFO, "%" PRIu64 " of %" PRIu64 " idle bytes above the new limit given back",
           freed, above);
-  kvc_reap(ctx);
-  kvc_publish(ctx);
 }
 
 void kvcached_set_limit(kvcached_ctx_t ctx, size_t limit) {

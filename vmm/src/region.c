@@ -13,6 +13,13 @@ int kvc_check_range(const struct kvcached_region *r, size_t off, size_t len) {
   return KVCACHED_OK;
 }
 
+int kvc_check_ranges(const struct kvcached_region *r, const kvcached_range_t *ranges, size_t n) {
+  int err = kvc_check_range(r, 0, 0);
+  if (!err && n > 0 && !ranges) err = kvc_fail(KVCACHED_E_INVAL, "ranges is NULL, and n is %zu", n);
+  for (size_t i = 0; i < n && !err; i++) err = kvc_check_range(r, ranges[i].off, ranges[i].len);
+  return err;
+}
+
 int kvc_note_limit(struct kvcached_region *r, int err) {
   if (err == KVCACHED_E_LIMIT) {
     r->counters.limit_failures++;
@@ -192,10 +199,10 @@ size_t kvcached_region_page_size(kvcached_region_t r) { return r ? r->unit : 0; 
 int kvcached_ensure(kvcached_region_t r, size_t off, size_t len) {
   int err = kvc_check_range(r, off, len);
   if (err || len == 0) return err;
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1;
+  const kvc_span pages = kvc_touched(r, off, len);
   struct kvcached_ctx *ctx = r->ctx;
   (void)pthread_mutex_lock(&ctx->mutex);
-  err = kvc_note_limit(r, kvc_ensure(r, first, end));
+  err = kvc_note_limit(r, kvc_ensure(r, pages.first, pages.end));
   (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
 }
@@ -210,8 +217,7 @@ static size_t to_spans(const struct kvcached_region *r, const kvcached_range_t *
                        kvc_span *out) {
   size_t count = 0, last = 0;
   for (size_t i = 0; i < n; i++) {
-    size_t off = ranges[i].off, len = ranges[i].len;
-    if (len > 0) out[count++] = (kvc_span){off / r->unit, (off + len - 1) / r->unit + 1};
+    if (ranges[i].len > 0) out[count++] = kvc_touched(r, ranges[i].off, ranges[i].len);
   }
   if (count == 0) return 0;
   qsort(out, count, sizeof(*out), by_first);
@@ -225,9 +231,7 @@ static size_t to_spans(const struct kvcached_region *r, const kvcached_range_t *
 }
 
 int kvcached_ensure_ranges(kvcached_region_t r, const kvcached_range_t *ranges, size_t n) {
-  int err = kvc_check_range(r, 0, 0);
-  if (!err && n > 0 && !ranges) err = kvc_fail(KVCACHED_E_INVAL, "ranges is NULL, and n is %zu", n);
-  for (size_t i = 0; i < n && !err; i++) err = kvc_check_range(r, ranges[i].off, ranges[i].len);
+  int err = kvc_check_ranges(r, ranges, n);
   if (err) return err;
   kvc_span few[64], *list = n <= sizeof(few) / sizeof(*few) ? few : calloc(n, sizeof(*list));
   if (!list) return kvc_fail(KVCACHED_E_NOMEM, "no memory for %zu ranges", n);
@@ -305,15 +309,16 @@ int kvcached_mapped_run(kvcached_region_t r, size_t off, size_t len, size_t *run
   *ensured = 0;
   int err = kvc_check_range(r, off, len);
   if (err || len == 0) return err;
-  size_t first = off / r->unit, end = (off + len - 1) / r->unit + 1, i;
+  const kvc_span pages = kvc_touched(r, off, len);
+  size_t i = pages.first;
   (void)pthread_mutex_lock(&r->ctx->mutex);
   const uint8_t *s = r->pages.state;
-  int is = s[first] == KVC_ENSURED || s[first] == KVC_ASLEEP;
-  for (i = first; i < end && (s[i] == KVC_ENSURED || s[i] == KVC_ASLEEP) == is;)
-    i += kvc_pages_run(&r->pages, i, end);
+  int is = s[i] == KVC_ENSURED || s[i] == KVC_ASLEEP;
+  while (i < pages.end && (s[i] == KVC_ENSURED || s[i] == KVC_ASLEEP) == is)
+    i += kvc_pages_run(&r->pages, i, pages.end);
   (void)pthread_mutex_unlock(&r->ctx->mutex);
   *ensured = is;
-  *run = i == end ? len : i * r->unit - off;
+  *run = i == pages.end ? len : i * r->unit - off;
   return KVCACHED_OK;
 }
 
