@@ -2,6 +2,7 @@
 
 #include "llama-kvcached.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,8 +32,8 @@ std::string hex(uint64_t value) {
 llama_context_ptr make_context(llama_model & model, const cache_config & config, uint32_t n_ctx, uint32_t n_seq) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = n_ctx;
-    params.n_batch         = 64;
-    params.n_ubatch        = 64;
+    params.n_batch         = std::max(64u, n_seq);
+    params.n_ubatch        = params.n_batch;
     params.n_seq_max       = n_seq;
     params.n_threads       = 1;
     params.n_threads_batch = 1;

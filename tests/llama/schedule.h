@@ -37,7 +37,7 @@ class session {
     llama_model   & model;
     llama_context & ctx;
     llama_memory_t  mem; // NULL: the architecture has none
-    llama_pos       pos[4] = { 0, 0, 0, 0 };
+    llama_pos       pos[256] = {};
 
   private:
     uint32_t calls = 0;
