@@ -10,26 +10,6 @@ import (
 	"testing"
 )
 
-func TestNeed(t *testing.T) {
-	layers := []Layer{{K: 1024, V: 1024}, {K: 1024, V: 512}, {}}
-	for _, test := range []struct {
-		kvType string
-		page   uint64
-		want   uint64
-	}{
-		{"", 0, 256 * 2 * (1024 + 1024 + 1024 + 512)},
-		{"f16", 2 << 20, 4 * (2 << 20)},             // each tensor's step is below one page
-		{"q8_0", 0, 256 * 34 * (32 + 32 + 32 + 16)}, // whole 4 KiB pages as it happens
-		{"q4_0", 4096, 36*4096*3 + 18*4096},
-		{"f32", 0, 256 * 4 * 3584},
-	} {
-		got := Shape{Layers: layers, KVType: test.kvType, Page: test.page, Weights: 7}.Need()
-		if got.FirstStep != test.want || got.Weights != 7 || got.Outside != 7 || got.Total() != test.want+7 {
-			t.Errorf("%q, page %d: %+v, want a first step of %d", test.kvType, test.page, got, test.want)
-		}
-	}
-}
-
 func TestAllocateAndFree(t *testing.T) {
 	manager, ledger := fakeManager(t, 1000)
 	cache := manager.NewKVCache("/models/sha256-abc", Need{Weights: 600, FirstStep: 100, Outside: 450})

@@ -1,62 +1,135 @@
 package kvcached
 
-// FirstCells is how many cells of a sequence a model's first batch makes resident, however short it is: llama.cpp's
-// attention reads the cache in steps of 256 cells, and every page a kernel may read has to be there. No context is
-// smaller: llama.cpp rounds its length up to the same step.
-const FirstCells = 256
+import (
+	"math"
+	"slices"
+)
 
 // HostPage is the page size that libkvcached uses for ordinary memory unless it is told another.
 const HostPage = 4096
 
-// Layer is the KV cache of one layer: elements of K and V a cell. Zero where a layer keeps none.
-type Layer struct{ K, V uint64 }
-
-// Shape is what decides the size of a KV cache.
+// Shape is a model's file with all that decides what the model occupies.
 type Shape struct {
-	Layers  []Layer
-	KVType  string // element type of K and V; "" is f16
-	Page    uint64 // bytes of a page; 0 is HostPage
-	Weights uint64 // bytes of the model's files
+	Metadata  Metadata
+	Vocab     uint64 // tokens; 0 where they are not known
+	Embedding bool   // it embeds texts: every token of a batch has a result
+	Weights   uint64 // bytes of all its files
+	Outside   uint64 // of these, held outside the library
+	Context   Context
+	Device    DeviceKind
+	Own       uint64 // what a process itself takes on the device: CUDAContext on a GPU
+
+	Drafts      uint64   // tokens drafted at once; 0 for none
+	Draft       Metadata // the file of a drafting model; nil: the model's own layers for drafting
+	DraftLayers uint64   // how many such layers the model has
 }
 
-// Need sums, over K and V of every layer, the pages of one sequence's first cells (all weights count as outside):
-//
-//	first step = sum over layers of pages(FirstCells * bytes(K row)) + pages(FirstCells * bytes(V row))
-//
-// with pages() rounding up to whole pages. It is a prediction: what a layer keeps beside K and V (recurrent state, a
-// projector's buffers) and the compute buffers are not in it, and the child's own claim takes its place once that is larger.
+// Need sums, over the tensors of all caches, whole pages: under the first cells of one sequence for the first step (attention
+// reads 256 cells at least; recurrent states are there from the start), under everything for what is reserved.
 func (s Shape) Need() Need {
-	page := s.Page
-	if page == 0 {
-		page = HostPage
+	caches, reason := s.caches()
+	need := Need{
+		Weights:   s.Weights,
+		Outside:   s.Outside,
+		FirstStep: caches.Mapped(s.Device, 1),
+		Reserved:  caches.Reserved(s.Device),
+		Context:   s.Own,
+		Inexact:   reason,
 	}
-	need := Need{Weights: s.Weights, Outside: s.Weights}
-	for _, layer := range s.Layers {
-		for _, elements := range []uint64{layer.K, layer.V} {
-			bytes := FirstCells * rowBytes(elements, s.KVType)
-			need.FirstStep += (bytes + page - 1) / page * page
+	need.Compute = s.compute(caches)
+	if s.Drafts > 0 {
+		draft := s.drafting()
+		need.FirstStep += draft.Mapped(s.Device, 1)
+		need.Reserved += draft.Reserved(s.Device)
+		if need.Inexact == "" {
+			need.Inexact = "the caches of drafting are an upper estimate"
 		}
 	}
 	return need
 }
 
-// rowBytes is the size of n elements in ggml's storage types that llama-server accepts for its cache. Block types store
-// 32 elements together. A type that is not known is counted as f16: llama-server itself refuses it.
-func rowBytes(n uint64, kvType string) uint64 {
-	blocks := (n + 31) / 32
-	switch kvType {
-	case "f32":
-		return n * 4
-	case "q8_0":
-		return blocks * 34
-	case "q5_1":
-		return blocks * 24
-	case "q5_0":
-		return blocks * 22
-	case "q4_1":
-		return blocks * 20
-	case "q4_0", "iq4_nl":
-		return blocks * 18
+// caches are exact, or estimated from above for the reason given.
+func (s Shape) caches() (*Caches, string) {
+	model, err := Derive(s.Metadata)
+	if err == nil {
+		var caches *Caches
+		if caches, err = model.Plan(s.Context); err == nil {
+			return caches, ""
+		}
 	}
-	return n * 2
+	return upperCaches(s.Metadata, s.Context, allLayers), err.Error()
 }
+
+const allLayers = math.MaxUint64
+
+// upperCaches is what a model can take at most whose layers cannot be told: each with full attention of the largest heads, and
+// with a recurrent state where the file has the sizes of one.
+func upperCaches(metadata Metadata, c Context, layers uint64) *Caches {
+	k := openKeys(metadata)
+	largest := func(key string) (n uint64) {
+		if list, ok := numbers(k.raw(key)); ok && len(list) > 0 {
+			return uint64(max(slices.Max(list), 0))
+		}
+		return k.get(key, 0)
+	}
+	layers = min(layers, largest("block_count")+largest("decoder_block_count"), maxLayers)
+	embd, heads := largest("embedding_length"), largest("attention.head_count")
+	kvHeads := largest("attention.head_count_kv")
+	if kvHeads == 0 {
+		kvHeads = heads
+	}
+	size := embd / max(heads, 1)
+	headK := max(size, largest("attention.key_length"), largest("attention.key_length_swa"))
+	headV := max(size, largest("attention.value_length"), largest("attention.value_length_swa"))
+	if heads == 0 {
+		kvHeads = 0
+	}
+
+	parallel := max(c.Parallel, 1)
+	cells := c.Cells
+	if cells == 0 {
+		cells = largest("context_length")
+	}
+	caches := &Caches{Cells: pad(cells, cellStep), Ubatch: min(cells, max(c.Ubatch, 1))}
+	caches.Sequence = caches.Cells
+	streams := uint64(1)
+	if !c.Unified {
+		caches.Sequence, streams = pad((caches.Cells+parallel-1)/parallel, cellStep), parallel
+		caches.Cells = caches.Sequence * parallel
+	}
+	indexer := largest("attention.indexer.key_length")
+	inner, state := largest("ssm.inner_size"), largest("ssm.state_size")
+	stateR := max(largest("ssm.conv_kernel")*(inner+2*largest("ssm.group_count")*state), 2*embd)
+	stateS := max(inner*state, embd*largest("wkv.head_size"))
+	for range layers {
+		caches.tensors = append(caches.tensors,
+			cacheTensor{kind: c.TypeK, row: kvHeads * headK, cells: caches.Sequence, streams: streams},
+			cacheTensor{kind: c.TypeV, row: kvHeads * headV, cells: caches.Sequence, streams: streams, spread: !c.FlashAttention})
+		if indexer > 0 {
+			caches.tensors = append(caches.tensors,
+				cacheTensor{kind: c.TypeK, row: max(indexer, headK), cells: caches.Sequence, streams: streams},
+				cacheTensor{kind: c.TypeV, row: headV, cells: caches.Sequence, streams: streams, spread: !c.FlashAttention})
+		}
+		if stateS > 0 {
+			caches.tensors = append(caches.tensors,
+				cacheTensor{kind: "f32", row: stateR, cells: parallel, streams: 1, state: true},
+				cacheTensor{kind: "f32", row: stateS, cells: parallel, streams: 1, state: true})
+		}
+	}
+	return caches
+}
+
+// drafting is the cache of the second context that drafts: of a model of its own, or of the layers at the end of this one, each
+// as wide as the widest. llama-server gives it as many cells, of f16.
+func (s Shape) drafting() *Caches {
+	c := s.Context
+	c.TypeK, c.TypeV = "f16", "f16"
+	if s.Draft == nil {
+		return upperCaches(s.Metadata, c, s.DraftLayers)
+	}
+	draft := Shape{Metadata: s.Draft, Context: c}
+	caches, _ := draft.caches()
+	return caches
+}
+
+func (s Shape) fields() *fields { return openKeys(s.Metadata) }

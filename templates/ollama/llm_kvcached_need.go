@@ -1,6 +1,7 @@
 package llm
 
 import (
+	"encoding/json"
 	"os"
 	"slices"
 	"strconv"
@@ -25,10 +26,34 @@ type KVCachedLoad struct {
 	GPUs        []ml.DeviceInfo
 }
 
-// KVCachedNeed predicts what a model occupies on the device that its layers are on: the first GPU that it may use, else host
-// memory. Its files are each counted once (a projector may be inside the model's own).
+// KVCachedNeed predicts what a model occupies on the device that its layers are on: the GPUs that it may use, else host memory.
+// Its files are each counted once (a projector may be inside the model's own). Options.NumCtx is the context of one sequence as
+// the child is told it.
 func KVCachedNeed(l KVCachedLoad) kvcached.Need {
-	shape := kvcached.Shape{KVType: strings.ToLower(l.KVCacheType), Page: kvcachedPage()}
+	_, embedding := l.GGML.KV()[l.GGML.KV().Architecture()+".pooling_type"]
+	parallel := max(l.Parallel, 1)
+	shape := kvcached.Shape{
+		Metadata:  kvcachedMetadata(l.GGML),
+		Vocab:     kvcachedVocab(l.GGML),
+		Embedding: embedding,
+		Context: kvcached.Context{
+			Cells:          uint64(max(l.Options.NumCtx, 0) * parallel),
+			Parallel:       uint64(parallel),
+			TypeK:          strings.ToLower(l.KVCacheType),
+			TypeV:          strings.ToLower(l.KVCacheType),
+			FlashAttention: LlamaServerFlashAttention(l.GPUs) != ml.FlashAttentionDisabled,
+			Batch:          2048, // llama-server's own
+			Ubatch:         512,
+		},
+		Device: kvcached.HostMemory,
+	}
+	batch := l.Options.NumBatch
+	if embedding {
+		batch = embeddingBatchSize(l.Options, parallel)
+	}
+	if batch > 0 {
+		shape.Context.Batch, shape.Context.Ubatch = uint64(batch), uint64(batch)
+	}
 
 	counted := map[string]bool{"": true}
 	for _, paths := range [][]string{{l.ModelPath, l.Draft}, l.Adapters, l.Projectors} {
@@ -42,23 +67,85 @@ func KVCachedNeed(l KVCachedLoad) kvcached.Need {
 			}
 		}
 	}
+	if len(l.GPUs) > 0 && l.Options.NumGPU != 0 {
+		shape.Device, shape.Own = kvcached.CUDAMemory, kvcached.CUDAContext
+	} else {
+		shape.Outside = kvcachedOutside(l.Options, kvcached.ThisCPU(), l.GGML, shape.Weights)
+	}
+	if page := kvcachedPage(); page > 0 {
+		shape.Device.Page = page
+	}
+	kvcachedDrafts(&shape, l)
+	return shape.Need()
+}
 
-	// Models that attend in both directions embed a text in one batch and keep no cache.
-	if kv := l.GGML.KV(); kv.Bool("attention.causal", true) {
-		for _, heads := range kv.HeadCountKV() {
-			shape.Layers = append(shape.Layers, kvcached.Layer{
-				K: heads * kv.EmbeddingHeadCountK(),
-				V: heads * kv.EmbeddingHeadCountV(),
-			})
+// kvcachedDrafts adds the second context of a model that drafts, by another file or by layers of its own.
+func kvcachedDrafts(shape *kvcached.Shape, l KVCachedLoad) {
+	if l.Options.DraftNumPredict <= 0 {
+		return
+	}
+	switch {
+	case l.Draft != "":
+		f, err := LoadModel(l.Draft, 1024)
+		if err != nil {
+			return // the load reports it
+		}
+		shape.Draft = kvcachedMetadata(f)
+	case hasMTPDraft(l.GGML):
+		shape.DraftLayers = max(uint64(l.GGML.KV().Uint("nextn_predict_layers")), 1)
+	default:
+		return
+	}
+	shape.Drafts = uint64(l.Options.DraftNumPredict)
+}
+
+// kvcachedVocab is the number of tokens by the matrices that have a row for each.
+func kvcachedVocab(f *ggml.GGML) (tokens uint64) {
+	for _, t := range f.Tensors().Items() {
+		if len(t.Shape) == 2 && (t.Name == "output.weight" || t.Name == "token_embd.weight") {
+			tokens = max(tokens, t.Shape[1])
 		}
 	}
-	need := shape.Need()
-	if len(l.GPUs) > 0 && l.Options.NumGPU != 0 {
-		need.Context, need.Outside = kvcached.CUDAContext, 0
-	} else {
-		need.Outside = kvcachedOutside(l.Options, kvcached.ThisCPU(), l.GGML, need.Weights)
+	return tokens
+}
+
+// kvcachedMetadata reads a file's keys. Arrays, whose type is hidden, are told by what they are written as; those that are long
+// have not been read, and hold nothing. Ollama's own files of one embedding model pass for a chat model's but for a tensor.
+func kvcachedMetadata(f *ggml.GGML) kvcached.Metadata {
+	kv := f.KV()
+	renamed := kv.Architecture() == "gemma3" &&
+		slices.ContainsFunc(f.Tensors().Items(), func(t *ggml.Tensor) bool { return t.Name == "dense.0.weight" })
+	return func(key string) any {
+		if renamed {
+			if key == "general.architecture" {
+				return "gemma-embedding"
+			}
+			if rest, ok := strings.CutPrefix(key, "gemma-embedding."); ok {
+				key = "gemma3." + rest
+			}
+		}
+		list, ok := kv[key].(json.Marshaler)
+		if !ok {
+			return kv[key]
+		}
+		text, err := list.MarshalJSON()
+		if err != nil {
+			return nil
+		}
+		var flags []bool
+		if json.Unmarshal(text, &flags) == nil {
+			return flags
+		}
+		var numbers []float64
+		if json.Unmarshal(text, &numbers) == nil {
+			return numbers
+		}
+		var bytes []byte
+		if json.Unmarshal(text, &bytes) == nil {
+			return bytes
+		}
+		return nil
 	}
-	return need
 }
 
 // kvcachedPage is the page size that the child is told by the same variable, 0 for the library's own. A value that is

@@ -63,9 +63,9 @@ def test_hooks_in_the_pinned_release(store: Store, ollama_source: str, tmp_path:
     patches = patching.load_series(SERIES).select(Version(PINNED.removeprefix("v")))
     patching.apply_series(tree.path, tree.base_commit, patches)
     generate.write(generate.render(ROOT, "ollama", CONTEXT), tree.path)
-    for test in TESTS.glob("*_kvcached_test.go"):
-        package = test.name.partition("_")[0]
-        shutil.copy(test, tree.path / package / "kvcached_test.go")
+    for test in TESTS.glob("*_kvcached*_test.go"):
+        package, _, name = test.name.partition("_")
+        shutil.copy(test, tree.path / package / name)
 
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_", "KVCACHED_"))}
     env |= {"GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false"}

@@ -159,21 +159,6 @@ func loadedNames(s *Scheduler) []string {
 	return names
 }
 
-func TestKVCachedNeed(t *testing.T) {
-	path, f := kvcachedModel(t)
-	info, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// 2 layers, K and V, 256 cells of 4 heads of 64 elements of 2 bytes
-	if got, want := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: path, GGML: f, Projectors: []string{path}}), (kvcached.Need{Weights: uint64(info.Size()), FirstStep: 2 * 2 * 256 * 4 * 64 * 2, Outside: uint64(info.Size())}); got != want {
-		t.Errorf("%+v, want %+v", got, want)
-	}
-	if got := llm.KVCachedNeed(llm.KVCachedLoad{ModelPath: path, GGML: f, Adapters: []string{path + ".none"}, KVCacheType: "Q8_0"}).FirstStep; got != 2*2*256*8*34 {
-		t.Errorf("q8_0: %d", got)
-	}
-}
-
 func TestKVCachedMakesRoom(t *testing.T) {
 	s, manager := kvcachedScheduler(t, t.Context(), 2.5)
 	for i, want := range [][]string{{"a"}, {"a", "b"}, {"b", "c"}, {"c", "d"}} {

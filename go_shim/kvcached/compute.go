@@ -1,0 +1,3 @@
+package kvcached
+
+func (s Shape) compute(*Caches) uint64 { return 0 }
