@@ -85,6 +85,10 @@ class Context(Closing):
         """Set the limit of the context's group (None removes it); its own idle memory above it is given back."""
         self.library.raw("set_limit", self._open(), limit_number("limit", limit))
 
+    def set_fixed(self, size: int) -> None:
+        """Say what this process holds on the device outside the library, in all; it is charged beside the pages."""
+        self._call(f"be charged {size} bytes held elsewhere", "set_fixed", self._open(), number("size", size))
+
     def enter(self) -> None:
         """Enter the gate, waking what sleeps: nothing goes to sleep until this thread has left it."""
         self._call("enter the gate", "enter", self._open())

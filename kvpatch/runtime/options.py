@@ -86,6 +86,7 @@ class Stats:
     device_calls: int
     last_inside_ns: int
     kind_asleep: tuple[int, int, int]
+    fixed: int
 
 
 def fill(struct: OptionsStruct, options: Options) -> None:

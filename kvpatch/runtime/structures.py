@@ -22,7 +22,7 @@ from ctypes import (
 from enum import IntEnum
 from typing import Any
 
-ABI = 3
+ABI = 4
 UINT64_MAX = 2**64 - 1
 NAME_MAX = 63
 GROUP_MAX = 31
@@ -125,6 +125,7 @@ class StatsStruct(ctypes.Structure):
         ("device_calls", c_uint64),
         ("last_inside_ns", c_uint64),
         ("kind_asleep", c_uint64 * 3),
+        ("fixed", c_uint64),
     ]
 
 
@@ -230,6 +231,7 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "options_init": (None, [POINTER(OptionsStruct)]),
     "open": (c_int, [POINTER(OptionsStruct), POINTER(_CTX)]),
     "page_size": (c_size_t, [_CTX]),
+    "set_fixed": (c_int, [_CTX, c_uint64]),
     "enter": (c_int, [_CTX]),
     "leave": (c_int, [_CTX]),
     "set_queued": (c_int, [_CTX, c_uint32]),

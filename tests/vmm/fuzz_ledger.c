@@ -160,6 +160,7 @@ static void visit(const char *path) {
   kvcached_ledger_t l;
   int slot;
   char group[KVCACHED_GROUP_MAX + 1];
+  uint64_t fixed;
   start_watch();
   if (kvc_ledger_open(path, &l) != 0) return;
   list(l);
@@ -169,7 +170,8 @@ static void visit(const char *path) {
     kvc_ledger_control(l, slot, 1);
     kvc_ledger_control(l, slot, 0);
   }
-  if (kvc_ledger_attach(l, LEASED, NULL, "child", group) == 0) MUST(strlen(group) <= KVCACHED_GROUP_MAX);
+  if (kvc_ledger_attach(l, LEASED, NULL, "child", group, &fixed) == 0)
+    MUST(strlen(group) <= KVCACHED_GROUP_MAX);
   if (kvcached_ledger_lease(l, "b", "m", 4096, 0, UINT64_MAX, &slot) == 0)
     MUST(kvcached_ledger_unlease(l, slot) == 0);
   kvcached_ledger_close(l);

@@ -140,6 +140,7 @@ void storm_peer(kvcached_ctx_t ctx, kvcached_region_t region, const char *path, 
       case 0: err = kvcached_trim(ctx, next_random(&k.seed) % 4 * page, NULL); break;
       case 1: err = kvcached_sleep(ctx, KVCACHED_ALL_KINDS, 20, NULL); break;
       case 2: err = kvcached_set_queued(ctx, next_random(&k.seed) % 2); break;
+      case 3: err = kvcached_set_fixed(ctx, next_random(&k.seed) % 4 * page); break;
       default: err = visit(&k);
     }
     uint32_t took = (uint32_t)(now_ms() - start), slowest = atomic_load(&k.s->slow_ms);

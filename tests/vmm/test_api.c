@@ -118,6 +118,7 @@ TEST(api, nothing_of_null) {
   CHECK_IS(kvcached_enter(NULL), KVCACHED_E_INVAL);
   CHECK_IS(kvcached_leave(NULL), KVCACHED_E_INVAL);
   CHECK_IS(kvcached_set_queued(NULL, 1), KVCACHED_E_INVAL);
+  CHECK_IS(kvcached_set_fixed(NULL, 1), KVCACHED_E_INVAL);
   CHECK_IS(kvcached_ensure(NULL, 0, 1), KVCACHED_E_INVAL);
   CHECK_IS(kvcached_prepare(NULL, 0, 1), KVCACHED_E_INVAL);
   CHECK_IS(kvcached_release(NULL, 0, 1), KVCACHED_E_INVAL);

@@ -98,6 +98,12 @@ TEST(api, older_callers) {
   CHECK_OK(kvcached_stats(ctx, &stats.s));
   CHECK_EQ(stats.s.asleep, page);
   CHECK(all_bytes((char *)&stats + abi_2, sizeof(stats) - abi_2, 0xee));
+  memset(&stats, 0xee, sizeof(stats));
+  size_t abi_3 = offsetof(kvcached_stats_t, fixed);
+  stats.s.struct_size = abi_3;
+  CHECK_OK(kvcached_stats(ctx, &stats.s));
+  CHECK_EQ(stats.s.kind_asleep[KVCACHED_KV], page);
+  CHECK(all_bytes((char *)&stats + abi_3, sizeof(stats) - abi_3, 0xee));
   kvcached_shutdown(ctx);
 
   test_options(&o); /* cut in the middle: the fields that are whole hold */

@@ -197,13 +197,14 @@ TEST_HOST(commands, not_for_the_next_user) {
   kvcached_ledger_t l = open_ledger(path), child = open_ledger(path);
   int slot, command;
   char group[KVCACHED_GROUP_MAX + 1];
+  uint64_t fixed;
   CHECK_OK(kvcached_ledger_lease(l, "g", "m", 1, 0, UINT64_MAX, &slot));
-  CHECK_OK(kvc_ledger_attach(child, slot, NULL, "first", group));
+  CHECK_OK(kvc_ledger_attach(child, slot, NULL, "first", group, &fixed));
   kvc_ledger_control(child, slot, 1);
   CHECK_OK(kvcached_ledger_command(l, slot, KVCACHED_CMD_SLEEP, 0, NULL));
   kvcached_ledger_close(child);
   child = open_ledger(path);
-  CHECK_OK(kvc_ledger_attach(child, slot, NULL, "second", group));
+  CHECK_OK(kvc_ledger_attach(child, slot, NULL, "second", group, &fixed));
   CHECK_IS(kvcached_ledger_command(l, slot, KVCACHED_CMD_SLEEP, 0, NULL),
            KVCACHED_E_SLOT); /* no control yet */
   kvc_ledger_control(child, slot, 1);

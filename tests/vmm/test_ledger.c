@@ -271,9 +271,11 @@ TEST_HOST(ledger, lease_left) {
   char group[KVCACHED_GROUP_MAX + 1];
   kvc_account a;
   kvc_shortage s;
+  uint64_t fixed;
   CHECK_OK(kvcached_ledger_lease(parent, "g", "m", 100, 30, 100, &slot));
-  CHECK_OK(kvc_ledger_attach(child, slot, NULL, NULL, group));
+  CHECK_OK(kvc_ledger_attach(child, slot, NULL, NULL, group, &fixed));
   CHECK_TEXT(group, "g");
+  CHECK_EQ(fixed, 30);
   CHECK_OK(kvc_ledger_account(child, slot, 100, &a));
   CHECK_EQ(a.lease_left, 70);
   CHECK_OK(kvc_ledger_claim(child, slot, KVC_CLAIM_PAGES, 50, 100, 0, &s));
@@ -289,7 +291,7 @@ TEST_HOST(ledger, lease_left) {
   kvcached_slot_t left = slot_in(path, slot);
   CHECK(left.charge == 100 && left.claim == 0 && left.host_bytes == 0 && left.leased && !left.attached);
   child = open_ledger(path);
-  CHECK_OK(kvc_ledger_attach(child, slot, NULL, NULL, group));
+  CHECK_OK(kvc_ledger_attach(child, slot, NULL, NULL, group, &fixed));
   left = slot_in(path, slot);
   CHECK(left.charge == 100 && left.claim == 0 && left.host_bytes == 0 && left.attached);
   kvcached_ledger_close(child);

@@ -169,6 +169,7 @@ TEST(processes, forked_child) {
     CHECK_IS(kvcached_enter(ctx), KVCACHED_E_FORKED);
     CHECK_IS(kvcached_leave(ctx), KVCACHED_E_FORKED);
     CHECK_IS(kvcached_set_queued(ctx, 1), KVCACHED_E_FORKED);
+    CHECK_IS(kvcached_set_fixed(ctx, page), KVCACHED_E_FORKED);
     CHECK_IS(kvcached_prepare(r, 0, page), KVCACHED_E_FORKED);
     CHECK_IS(kvcached_read(r, 0, &n, 1), KVCACHED_E_FORKED);
     CHECK_IS(kvcached_write(r, 0, &n, 1), KVCACHED_E_FORKED);

@@ -55,8 +55,8 @@
 extern "C" {
 #endif
 
-#define KVCACHED_ABI_VERSION 3
-#define KVCACHED_VERSION "0.3.0"
+#define KVCACHED_ABI_VERSION 4
+#define KVCACHED_VERSION "0.4.0"
 
 #if defined(_WIN32)
 #error "libkvcached needs Linux"
@@ -199,7 +199,7 @@ typedef struct kvcached_options {
   /* The slot a parent leased for this process, or -1 = take a free one. */
   int slot;
   /* Bytes held outside the library (a CUDA context) and charged to the slot; ignored when slot >= 0: the
-     lease says it. */
+     lease says it. kvcached_set_fixed changes it. */
   uint64_t fixed;
   /* Level: kvcached_log_level. Called inside calls on the context, its lock held, and from the library's
      threads: it must not call the library. May be NULL. */
@@ -241,6 +241,14 @@ KVCACHED_API int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t
 
 /* Bytes of a KV page of this context; 0 for NULL. */
 KVCACHED_API size_t kvcached_page_size(kvcached_ctx_t ctx);
+
+/* Says what this process holds on the device outside the library, in all: the CUDA context, buffers of other
+   allocators. It is charged beside the pages from now on, in place of what was before: `fixed` of the
+   options, or of the lease, which a child that has loaded knows better than whoever leased the slot. More of
+   it needs room, which is made as kvcached_ensure makes it; where there is none the old figure holds, and the
+   memory is for the caller to do without. Less of it never fails. E_LIMIT; E_SYSTEM; E_INVAL ctx is NULL;
+   E_FORKED. */
+KVCACHED_API int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes);
 
 /* ---- the gate ---- */
 
@@ -404,6 +412,9 @@ typedef struct kvcached_stats {
   uint64_t
       last_inside_ns; /* CLOCK_MONOTONIC of the last enter or leave not nested, to about 10 ms; 0: never */
   uint64_t kind_asleep[3]; /* `asleep` by kvcached_kind */
+  /* -- since ABI 4 -- */
+  uint64_t
+      fixed; /* held outside the library and charged beside pages and pool; a context's, in any figures */
 } kvcached_stats_t;
 
 /* Totals of a context, or the figures of one region (limits, charges, pool, host_limit and page_size apart
@@ -423,7 +434,7 @@ KVCACHED_API int kvcached_device_memory(kvcached_ctx_t ctx, uint64_t *free_bytes
  * parent that set memory aside for a child to come) and the user's (the process that maps). It lives while
  * either is held; pid numbers are only shown, so processes of several containers may share a ledger.
  *
- *   charge of a slot = max(lease, fixed + claim); the claim of a dead user counts no more
+ *   charge of a slot = max(lease, fixed + claim); of a dead user only the lease is left
  *
  * so a child's first claims use up its lease. The lease ends when the child first sleeps: from then on it is
  * charged for what it holds.

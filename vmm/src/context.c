@@ -163,7 +163,7 @@ static int join_ledger(struct kvcached_ctx *ctx, char group[KVCACHED_GROUP_MAX +
   if (err) return err;
   if (o->slot >= 0) {
     ctx->slot = o->slot;
-    return kvc_ledger_attach(ctx->ledger, o->slot, o->group, o->name, group);
+    return kvc_ledger_attach(ctx->ledger, o->slot, o->group, o->name, group, &ctx->fixed);
   }
   if (o->group)
     (void)snprintf(group, KVCACHED_GROUP_MAX + 1, "%s", o->group);

@@ -76,7 +76,7 @@ struct kvcached_ctx {
   uint64_t limit;             /* the caller's own; without a ledger, the one in force */
   kvcached_ledger_t ledger;   /* NULL = none */
   int slot;
-  uint64_t fixed;                  /* charged beside the pages when there is no ledger */
+  uint64_t fixed;                  /* bytes held outside the library, charged beside the pages */
   uint64_t claim;                  /* bytes claimed on the device */
   uint64_t host_claim;             /* bytes claimed of the host budget */
   struct kvcached_region *regions; /* newest first */

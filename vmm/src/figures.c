@@ -80,6 +80,7 @@ static void finish(struct kvcached_ctx *ctx, kvcached_stats_t *s, const kvc_acco
   s->card_limit = a->card_limit;
   s->card_charge = a->card_charge;
   s->pooled = kvc_pool_bytes(ctx);
+  s->fixed = ctx->fixed;
   s->host_limit = ctx->options.host_limit;
   s->device_calls = atomic_load_explicit(&ctx->device_calls, memory_order_relaxed);
   s->last_inside_ns = atomic_load_explicit(&ctx->last_inside_ns, memory_order_relaxed);

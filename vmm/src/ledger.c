@@ -194,6 +194,7 @@ int kvc_slot_confirm(struct kvcached_ledger *l, int slot, kvc_slot_view *v) {
     memset(v->word, 0, sizeof(v->word));
     v->fixed = atomic_load(&s->fixed);
     v->lease = atomic_load(&s->lease);
+    if (v->fixed > v->lease) v->fixed = v->lease; /* the user had more, and has nothing now */
   }
   /* Not held; or taken anew meanwhile, and what was read is mixed. Nothing was charged to it before the new
      user announced, and whoever announces after the caller did sees the caller. */
@@ -293,7 +294,8 @@ static int check_lease(struct kvcached_ledger *l, int slot, const char *group, c
   return KVCACHED_OK;
 }
 
-int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const char *name, char *group_out) {
+int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const char *name, char *group_out,
+                      uint64_t *fixed) {
   int err = kvc_check_slot(l, slot);
   if (err) return err;
   kvc_ledger_slot *s = &l->map->slot[slot];
@@ -309,6 +311,9 @@ int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const ch
     (void)kvc_ledger_file_drop(l->fd, slot, KVC_HOLD_USER);
   } else {
     clear_user(s);
+    uint64_t lease = atomic_load(&s->lease);
+    *fixed = atomic_load(&s->fixed);
+    if (*fixed > lease) atomic_store(&s->fixed, *fixed = lease); /* the last user's own */
     atomic_store(&s->user_pid, (uint64_t)l->pid);
     if (atomic_load(&s->name[0]) == 0) put_text(s->name, KVC_WORDS(s->name), name);
     atomic_store(&l->held[slot], KVC_HOLD_USER);

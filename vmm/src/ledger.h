@@ -28,16 +28,16 @@ int kvc_ledger_open(const char *path, kvcached_ledger_t *out);
 int kvc_ledger_take(kvcached_ledger_t ledger, const char *group, const char *name, int *slot);
 
 /* Takes a leased slot as its user. group may be NULL; the slot's is left in group_out (KVCACHED_GROUP_MAX + 1
-   bytes). E_SLOT. */
+   bytes), and what the lease says of memory outside the library in *fixed. E_SLOT. */
 int kvc_ledger_attach(kvcached_ledger_t ledger, int slot, const char *group, const char *name,
-                      char *group_out);
+                      char *group_out, uint64_t *fixed);
 
 /* Adds bytes to a slot this handle uses if the group's charges stay within limit (the group's in the ledger
    goes before it) and all charges within the card's. Waits up to wait_ms for older announcements (0: not at
    all). On E_LIMIT (HOST: E_HOST_LIMIT) *shortage says by how much; for HOST in .group. */
 int kvc_ledger_claim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes, uint64_t limit,
                      uint32_t wait_ms, kvc_shortage *shortage);
-/* kind: PAGES or HOST. */
+/* kind: PAGES, FIXED or HOST. */
 void kvc_ledger_unclaim(kvcached_ledger_t ledger, int slot, kvc_claim_kind kind, uint64_t bytes);
 
 /* What was set aside for the slot's user has served its purpose: it is charged for what it holds from now on.

@@ -98,11 +98,15 @@ void kvc_withdraw_others(struct kvcached_ledger *l, int account, const char *gro
   }
 }
 
+static _Atomic uint64_t *field_of(kvc_ledger_slot *s, kvc_claim_kind kind) {
+  return kind == KVC_CLAIM_LEASE   ? &s->lease
+         : kind == KVC_CLAIM_FIXED ? &s->fixed
+         : kind == KVC_CLAIM_HOST  ? &s->host
+                                   : &s->claim;
+}
+
 static void commit(kvc_ledger_slot *s, kvc_claim_kind kind, uint64_t bytes) {
-  _Atomic uint64_t *field = kind == KVC_CLAIM_LEASE   ? &s->lease
-                            : kind == KVC_CLAIM_FIXED ? &s->fixed
-                            : kind == KVC_CLAIM_HOST  ? &s->host
-                                                      : &s->claim;
+  _Atomic uint64_t *field = field_of(s, kind);
   uint64_t old = atomic_load(field);
   while (!atomic_compare_exchange_weak(field, &old, kvc_sat_add(old, bytes))) {
   }
@@ -219,8 +223,7 @@ int kvc_ledger_claim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_
 }
 
 void kvc_ledger_unclaim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_t bytes) {
-  kvc_ledger_slot *s = &l->map->slot[slot];
-  _Atomic uint64_t *field = kind == KVC_CLAIM_HOST ? &s->host : &s->claim;
+  _Atomic uint64_t *field = field_of(&l->map->slot[slot], kind);
   uint64_t old = atomic_load(field);
   while (!atomic_compare_exchange_weak(field, &old, old > bytes ? old - bytes : 0)) {
   }

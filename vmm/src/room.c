@@ -1,6 +1,6 @@
 /*
  * Room for more: memory of the context that nobody uses, and then that of other processes, which are asked
- * through the ledger and answer on their own time, within a bound.
+ * through the ledger and answer on their own time, within a bound. And for what is held outside the library.
  */
 #include "context.h"
 
@@ -148,4 +148,60 @@ int kvc_make_room(struct kvcached_ctx *ctx, kvc_room *room) {
   (void)pthread_mutex_lock(&ctx->mutex);
   (void)kvc_detail_again(KVCACHED_OK, &d);
   return room_made;
+}
+
+/* ---- memory outside the library ---- */
+
+static int claim_fixed(struct kvcached_ctx *ctx, uint64_t more, uint32_t wait_ms, kvc_shortage *shortage) {
+  *shortage = (kvc_shortage){0};
+  if (ctx->ledger)
+    return kvc_ledger_claim(ctx->ledger, ctx->slot, KVC_CLAIM_FIXED, more, ctx->limit, wait_ms, shortage);
+  uint64_t held = kvc_sat_add(ctx->fixed, ctx->claim), after = kvc_sat_add(held, more);
+  if (after <= ctx->limit) return KVCACHED_OK;
+  shortage->group = after - ctx->limit;
+  return kvc_fail(KVCACHED_E_LIMIT,
+                  "%" PRIu64 " bytes more held outside the library, beside %" PRIu64
+                  " charged; the limit is %" PRIu64 ", passed by %" PRIu64,
+                  more, held, ctx->limit, shortage->group);
+}
+
+/* After E_LIMIT: 1 when it is worth another try. */
+static int room_for_fixed(struct kvcached_ctx *ctx, kvc_room *room, const kvc_shortage *shortage) {
+  if (kvc_wait_busy(ctx)) return 1; /* they are ready now: room that may be had */
+  uint64_t spare = kvc_spare_bytes(ctx);
+  uint64_t most = shortage->group > shortage->card ? shortage->group : shortage->card;
+  /* Nobody else's memory helps the group; and nothing is taken that would not be enough. */
+  if (shortage->group > spare) return 0;
+  if (spare > 0 && (most <= spare || shortage->card > 0) &&
+      kvc_give_up_idle(ctx, most < spare ? most : spare, NULL, (kvc_spans){0}) > 0)
+    return 1;
+  if (shortage->card == 0) return 0;
+  room->charged = 1;
+  return kvc_make_room(ctx, room);
+}
+
+static int raise_fixed(struct kvcached_ctx *ctx, uint64_t bytes) {
+  kvc_room room = {.deadline_ns = kvc_now_ns() + (int64_t)ctx->options.room_wait_ms * 1000000};
+  kvc_shortage shortage;
+  for (;;) {
+    /* Another thread may have set it while the mutex was let go of. */
+    if (bytes <= ctx->fixed) return KVCACHED_OK;
+    int err = claim_fixed(ctx, bytes - ctx->fixed, left_ms(&room), &shortage);
+    if (!err) ctx->fixed = bytes;
+    if (err != KVCACHED_E_LIMIT || !room_for_fixed(ctx, &room, &shortage)) return err;
+  }
+}
+
+int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes) {
+  int err = kvc_check_ctx(ctx);
+  if (err) return err;
+  (void)pthread_mutex_lock(&ctx->mutex);
+  err = raise_fixed(ctx, bytes);
+  if (err == KVCACHED_E_LIMIT) ctx->counters.limit_failures++;
+  if (!err && bytes < ctx->fixed) {
+    if (ctx->ledger) kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_FIXED, ctx->fixed - bytes);
+    ctx->fixed = bytes;
+  }
+  (void)pthread_mutex_unlock(&ctx->mutex);
+  return err;
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpatch.errors import UsageError
 from kvpatch.runtime import (
     CallError,
     Command,
@@ -62,6 +63,15 @@ def test_a_lease_is_used_up_by_its_child(lib: Library, ledger: Ledger, path: Pat
         (row,) = ledger.slots()
         assert (row.leased, row.attached, row.group) == (True, True, "one")
         assert (row.lease, row.fixed, row.claim, row.charge) == (2 * MIB, MIB, 2 * MIB, 3 * MIB)
+        with pytest.raises(
+            CallError, match=r"cannot be charged 1048577 bytes held elsewhere: KVCACHED_E_LIMIT"
+        ):
+            context.set_fixed(MIB + 1)
+        context.set_fixed(4096)
+        (row,) = ledger.slots()
+        assert (row.fixed, row.charge, context.stats().fixed) == (4096, 2 * MIB + 4096, 4096)
+        with pytest.raises(UsageError, match="size -1 is not between"):
+            context.set_fixed(-1)
 
 
 def test_limits(ledger: Ledger, context: Context) -> None:
