@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
@@ -35,11 +36,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Text becomes UTF-8, with the bytes of undecodable file names as they were. Raises OSError.
     """
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with part_of(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def part_of(path: Path) -> Iterator[Path]:
+    """A name beside `path`, whose folder is there, to write its content to: it becomes `path` at the end, and goes when
+    the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for each writer: two of them must not write into one half-made file.
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        part.write_bytes(data)
+        yield part
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -101,7 +101,7 @@ def of_name(name: str) -> Device:
         device = Cuda()
         device.facts()
         return device
-    raise UsageError(f"--device {name!r}", hint=f"one of {', '.join(DEVICES)}")
+    raise UsageError(f"--device {name} is not known", hint=f"one of {', '.join(DEVICES)}")
 
 
 def _smi(query: str) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from kvpatch.bench import cells
 from kvpatch.bench.figures import Report
-from kvpatch.bench.models import Shape
-from kvpatch.bench.overhead import page_cells
-from kvpatch.bench.servers import STEP_CELLS, Client, Setup, client, prompt, spec
+from kvpatch.bench.servers import KINDS, Client, Setup, client, spec
+from kvpatch.estimate import EstimateError
+from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.report import Progress
 
 WAKE_RATIO = 1.15
@@ -35,6 +36,11 @@ class Plan:
     sleeps: int = 5
     idle_seconds: int = 2
     warm: int = 15
+
+    @property
+    def least_context(self) -> int:
+        """Cells without which the tokens do not fit."""
+        return self.tokens + 1
 
 
 SHORT = Plan(context=16384, tokens=300, starts=1, sleeps=2, idle_seconds=1, warm=3)
@@ -57,7 +63,7 @@ def run(setup: Setup, plan: Plan, progress: Progress) -> Report:
     """Measure. Raises CheckFailed when a server does not do what was to be timed, or when the tokens after sleep are
     not those before."""
     report = Report(kind="idle", facts=dict(setup.facts))
-    report.facts["plan"] = {name: getattr(plan, name) for name in Plan.__slots__}
+    report.facts["plan"] = asdict(plan)
     progress("idle: the rate of plain copies to the device")
     rates = setup.device.rates()
     found = _Found()
@@ -79,7 +85,7 @@ def _life(setup: Setup, plan: Plan, name: str, found: _Found, report: Report) ->
         pid = one.server.pid
         found.add("after load", name, setup.device.held(pid))
         answered = 32
-        asked = prompt(plan.tokens - answered)
+        asked = prompt_ids(plan.tokens - answered)
         found.add("first prompt after load", name, one.complete(asked, answered).prompt_ms / 1000)
         # Of a prompt in the cache, as it is after sleep too: one token by itself is rounded otherwise than in a batch.
         before = one.complete(asked, answered).tokens
@@ -117,31 +123,29 @@ def _mapped(setup: Setup, plan: Plan, one: Client, found: _Found, report: Report
     found.add("weights", "on", mapped["weights"])
     found.add("compute", "on", mapped["compute"])
     found.add("to copy", "on", used + mapped["weights"])
-    shape = setup.model.shape
-    if shape is None or any(b.name.startswith("KV") for b in report.bounds):
+    if any(b.name.startswith("KV") for b in report.bounds) or any(
+        cells.UNJUDGED in note for note in report.notes
+    ):
         return
-    page = one.page_bytes()
-    read = -(-plan.tokens // STEP_CELLS) * STEP_CELLS
-    least = _bytes_of(shape, read, page)
-    ahead = _bytes_of(shape, min(plan.context, _next_step(read, page_cells(setup, [one]))), page)
-    report.at_most("KV in use", used, least, "bytes", f"the page steps that {plan.tokens} tokens need")
-    report.at_most("KV mapped", mapped["kv"], ahead, "bytes", "and the step that look-ahead makes ready")
-
-
-def _next_step(read: int, page: int) -> int:
-    """Cells once look-ahead has done its work: what is read, and where the next 256 cells end, in whole steps."""
-    return -(-(read + STEP_CELLS) // page) * page
-
-
-def _bytes_of(shape: Shape, cells: int, page: int) -> int:
-    """Bytes of the pages that hold the first `cells` cells of every layer's K and V."""
-    return 2 * shape.layers * (-(-cells * shape.row_bytes // page) * page)
+    try:
+        least = cells.growth(setup, context=plan.context, page=one.page_bytes()).mapped(plan.tokens)
+    except EstimateError as error:
+        report.notes.append(f"{cells.UNJUDGED}: {error.message}")
+        return
+    report.at_most("KV in use", used, least.mapped, "bytes", f"the page steps that {plan.tokens} tokens need")
+    report.at_most(
+        "KV mapped",
+        mapped["kv"],
+        least.mapped + least.ahead,
+        "bytes",
+        "and the step that look-ahead makes ready",
+    )
 
 
 def _asleep(one: Client, found: _Found) -> None:
     mapped = one.mapped()
-    found.add("mapped, asleep", "on", sum(mapped.get(k, 0) for k in ("kv", "weights", "compute")))
-    found.add("host memory, asleep", "on", mapped.get("host", 0))
+    found.add("mapped, asleep", "on", sum(mapped[kind] for kind in KINDS))
+    found.add("host memory, asleep", "on", mapped["host"])
 
 
 def _wake(one: Client, whole: list[int], found: _Found, name: str) -> None:

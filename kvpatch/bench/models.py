@@ -25,7 +25,6 @@ from kvpatch.smoke import models as tiny
 _BLOCK = 32  # values of a Q4_0 block: an f16 scale and 16 bytes of two values each
 _BLOCK_TYPE = np.dtype([("d", "<f2"), ("q", "u1", (16,))])
 _DEVIATION = float(np.sqrt(np.mean((np.arange(16) - 8.0) ** 2)))  # of a block's values, scale 1
-_F16 = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +41,6 @@ class Shape:
     vocab: int
     trained: int = 262144
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one cell in the K tensor (and as many in V) of one layer, f16."""
-        return self.kv_heads * self.head_dim * _F16
-
-    @property
-    def cell_bytes(self) -> int:
-        """Bytes of one cell in all layers, K and V, f16."""
-        return 2 * self.layers * self.row_bytes
-
 
 # 4.08 GB: an 8B model's layers, with a vocabulary of 32,768.
 EIGHT_B = Shape(name="8b", layers=32, embd=4096, heads=32, kv_heads=8, head_dim=128, ff=14336, vocab=32768)
@@ -64,10 +53,9 @@ SHAPES = {shape.name: shape for shape in (EIGHT_B, TINY, SMALL)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A model file. `shape` None: somebody's own model, of which only the path is known."""
+    """A model file, made here or somebody's own."""
 
     path: Path
-    shape: Shape | None
 
     @property
     def bytes(self) -> int:
@@ -91,10 +79,9 @@ def ensure(folder: Path, shape: Shape, seed: int = 1) -> Model:
     """The model of this shape and seed in `folder`, written now if it is not there."""
     path = folder / f"{shape.name}-{seed}-{_version()}.gguf"
     if not path.is_file():
-        part = path.with_suffix(".part")
-        write(part, shape, seed)
-        part.replace(path)
-    return Model(path=path, shape=shape)
+        with paths.part_of(path) as part:
+            write(part, shape, seed)
+    return Model(path=path)
 
 
 def write(path: Path, shape: Shape, seed: int = 1) -> None:

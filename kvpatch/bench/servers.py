@@ -21,14 +21,13 @@ from kvpatch import manifest
 from kvpatch.bench.device import Device
 from kvpatch.bench.models import Model
 from kvpatch.errors import UsageError
+from kvpatch.smoke import options
 from kvpatch.smoke.install import Install
-from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.report import CheckFailed
 from kvpatch.smoke.server import Server, ServerSpec, serve
 from kvpatch.stages.output import MANIFEST
 
 _KEPT_SECONDS = 1.0
-STEP_CELLS = 256  # llama.cpp reads its cache in multiples of this many cells
 KINDS = ("kv", "weights", "compute")
 
 
@@ -104,14 +103,16 @@ def spec(
     """A server whose model is wholly on the device; `context` cells in all slots together."""
     saves = setup.work / "slots"
     saves.mkdir(parents=True, exist_ok=True)
-    on_device = ("-ngl", "999", "-fit", "off") if setup.device.name == "cuda" else _on_cpu(setup)
+    server = side.install.llama_server
+    on_device = ("-ngl", "999") if setup.device.name == "cuda" else _on_cpu(setup, server)
 
     def argv(port: int) -> Sequence[str | Path]:
         return [
-            side.install.llama_server,
+            server,
             *("--model", setup.model.path, "--host", "127.0.0.1", "--port", str(port)),
             *("-c", str(context), "-np", str(slots), "-fa", "on", "--no-kv-unified"),
-            *("--no-webui", "--offline", "--cache-ram", "0", "--no-context-shift", "--no-log-timestamps"),
+            *("--no-webui", "--offline", "--cache-ram", "0", "--no-context-shift", "-fit", "off"),
+            *options.if_known(server, "--no-log-timestamps"),
             *("--slot-save-path", saves),  # without one, slots cannot be erased
             *on_device,
             *extra,
@@ -131,10 +132,11 @@ def spec(
     )
 
 
-def _on_cpu(setup: Setup) -> tuple[str, ...]:
+def _on_cpu(setup: Setup, server: Path) -> tuple[str, ...]:
     # Memory-mapped weights are the page cache's and cannot sleep; repacked ones are a buffer of another kind.
     threads = str(setup.threads)
-    return ("-t", threads, "-tb", threads, "--no-mmap", "--no-repack", "-fit", "off", "-ngl", "0")
+    held = (*options.without_memory_map(server), "--no-repack")
+    return (*options.on_cpu(server), *held, "-t", threads, "-tb", threads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +197,8 @@ class Client:
                 tokens += new
                 at.append(float(last["predicted_ms"]))
         seconds = time.perf_counter() - began
+        # The server ends the connection behind a stream, without saying so.
+        self._used = 0.0
         value = {"tokens": tokens, "timings": last}
         if len(at) != count:
             raise self.server.failed(f"{count} tokens came in {len(at)} parts: steps cannot be told apart")
@@ -325,11 +329,3 @@ def client(setup: Setup, side: Side, started: ServerSpec) -> Iterator[Client]:
             yield talking
         finally:
             talking.close()
-
-
-def prompt(count: int, salt: int = 0) -> list[int]:
-    """`count` word ids, others for another `salt`."""
-    return prompt_ids(count, salt)
-
-
-__all__ = ["Answer", "CheckFailed", "Client", "Setup", "Side", "client", "installs", "prompt", "spec"]

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from kvpatch.bench.figures import Report
-from kvpatch.bench.servers import Client, Setup, client, prompt, spec
+from kvpatch.bench.servers import Client, Setup, client, spec
+from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.report import CheckFailed, Progress
 
 ADDED_MS = 10.0
@@ -35,6 +36,11 @@ class Plan:
     sleeps: int = 5
     answer: int = 32
 
+    @property
+    def least_context(self) -> int:
+        """Cells without which the tokens do not fit."""
+        return self.tokens + 1
+
 
 SHORT = Plan(context=8192, small=1024, tokens=300, rounds=3, sleeps=2, answer=16)
 
@@ -42,7 +48,7 @@ SHORT = Plan(context=8192, small=1024, tokens=300, rounds=3, sleeps=2, answer=16
 def run(setup: Setup, plan: Plan, progress: Progress) -> Report:
     """Measure. Raises CheckFailed when a patched server does not do what was to be timed."""
     report = Report(kind="switch", facts=dict(setup.facts))
-    report.facts["plan"] = {name: getattr(plan, name) for name in Plan.__slots__}
+    report.facts["plan"] = asdict(plan)
     alone: Values = {}
     both: Values = {}
     with setup.device.ballast(plan.leave) as held:
@@ -74,7 +80,7 @@ class _Talk:
 
     def __init__(self, one: Client, plan: Plan, salt: int) -> None:
         self.one = one
-        self._asked = prompt(plan.tokens - plan.answer, salt)
+        self._asked = prompt_ids(plan.tokens - plan.answer, salt)
         self._count = plan.answer
         one.complete(self._asked, plan.answer)
         # The second answer is what later ones are held against: they too find all but the last token in the cache, and

@@ -36,6 +36,10 @@ RoundsOption = Annotated[
     int | None,
     typer.Option("--rounds", help="Measurements of each figure and side (default: by the benchmark)."),
 ]
+StartsOption = Annotated[
+    int | None,
+    typer.Option("--starts", help="Times that the servers are started anew (default: by the benchmark)."),
+]
 ShortOption = Annotated[
     bool, typer.Option("--short", help="Everything once and small: shows that it runs, not how fast.")
 ]
@@ -92,6 +96,7 @@ def _served(
         shape: ShapeOption = "8b",
         device: DeviceOption = "cuda",
         rounds: RoundsOption = None,
+        starts: StartsOption = None,
         cells: ContextOption = None,
         threads: ThreadsOption = 1,
         short_run: ShortOption = False,
@@ -105,22 +110,27 @@ def _served(
         chosen = short if short_run else full
         if rounds is not None:
             chosen = replace(chosen, **_rounds(name, rounds))
+        if starts is not None:
+            chosen = replace(chosen, **_starts(name, chosen, starts))
         if cells is not None:
             chosen = replace(chosen, context=cells)
+        if chosen.context < chosen.least_context:
+            raise UsageError(f"--context {cells}: bench {name} needs {chosen.least_context} cells at least")
+        if threads < 1:
+            raise UsageError(f"--threads {threads}: at least 1 is needed")
         cache = paths.cache_root(cache_dir)
         work = (out or cache / "bench" / name).absolute()
         work.mkdir(parents=True, exist_ok=True)
         stock_install, patched_install, facts = servers.installs(stock, patched)
         on = devices.of_name(device)
-        if model is not None and not model.is_file():
-            raise UsageError(f"--model {model}: there is no such file")
-        if model is None:
-            screen.note(f"{name}: a model of shape {shape}")
-        used = (
-            models.Model(path=model.absolute(), shape=None)
-            if model is not None
-            else models.ensure(models.folder(cache_dir), models.shape_named(shape))
-        )
+        if model is not None:
+            if not model.is_file():
+                raise UsageError(f"--model {model}: there is no such file")
+            used = models.Model(path=model.absolute())
+        else:
+            wanted = models.shape_named(shape)
+            screen.note(f"{name}: a model of shape {wanted.name}")
+            used = models.ensure(models.folder(cache_dir), wanted)
         setup = servers.Setup(
             stock=stock_install,
             patched=patched_install,
@@ -155,6 +165,14 @@ def _rounds(name: str, rounds: int) -> dict[str, int]:
     if rounds < 1:
         raise UsageError(f"--rounds {rounds}: at least 1 is needed")
     return {"sleeps": rounds} if name == "idle" else {"rounds": rounds}
+
+
+def _starts(name: str, chosen: Any, starts: int) -> dict[str, int]:
+    if not hasattr(chosen, "starts"):
+        raise UsageError(f"bench {name} has no --starts: each of its servers is started once")
+    if starts < 1:
+        raise UsageError(f"--starts {starts}: at least 1 is needed")
+    return {"starts": starts}
 
 
 _served(

@@ -9,6 +9,7 @@ import pytest
 
 from kvpatch import smoke
 from kvpatch.bench import device, models, servers
+from kvpatch.smoke.models import prompt_ids
 from tests.integration.conftest import Kvpatch
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(600)]
@@ -74,12 +75,12 @@ def test_what_a_model_says_depends_on_all_of_its_context(stock: smoke.Install, t
     setup = servers.Setup(stock=stock, patched=stock, model=model, device=device.Cpu(), work=tmp_path)
     side = setup.side("stock")
     with servers.client(setup, side, servers.spec(setup, side, context=1024)) as one:
-        asked = servers.prompt(300)
+        asked = prompt_ids(300)
         plain = one.complete(asked, 64, cached=False).tokens
         assert len(set(plain)) > 24
         for place in (0, 100, 200, 299):
             changed = list(asked)
-            changed[place] = servers.prompt(300, 5)[place]
+            changed[place] = prompt_ids(300, 5)[place]
             other = one.complete(changed, 64, cached=False).tokens
             assert sum(a != b for a, b in zip(plain, other, strict=True)) > 32, place
         streamed = one.stream(asked, 64, cached=False)

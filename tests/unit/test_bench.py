@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 
-from kvpatch.bench import idle, models, overhead, plot, servers
+from kvpatch import smoke
+from kvpatch.bench import cells, device, models, overhead, plot, servers
 from kvpatch.bench.figures import Report, Summary, number, percentile
 from kvpatch.errors import UsageError, VerifyError
 from kvpatch.smoke.models import vocabulary, word_ids
@@ -57,19 +58,62 @@ def test_numbers_are_readable() -> None:
 
 def test_steps_are_told_apart_by_where_their_cell_is() -> None:
     steps = overhead._Steps()
-    steps.add(1000, [float(n) for n in range(400)], 1024)
+    steps.add(1000, [float(n) for n in range(400)], lambda cell: cell % 1024 == 0)
     assert steps.maps == [24.0]  # cell 1024
     assert steps.reads_more == [280.0]  # cell 1280
     assert len(steps.all) == 400
 
 
-def test_pages_of_an_eight_b_model() -> None:
-    shape = models.EIGHT_B
-    assert shape.cell_bytes == 128 << 10
-    assert idle._bytes_of(shape, 1024, 2 << 20) == 128 << 20
-    assert idle._bytes_of(shape, 1025, 2 << 20) == 256 << 20
-    assert idle._next_step(1024, 1024) == 2048
-    assert idle._next_step(512, 1024) == 1024
+def test_sides_take_turns_in_every_order() -> None:
+    orders = [tuple(overhead.in_turn("abc", number)) for number in range(6)]
+    assert len(set(orders)) == 6
+    assert overhead.in_turn("abc", 6) == list("abc")
+
+
+def _setup(path: Path, device_: Any) -> servers.Setup:
+    install = smoke.Install(root=path, kind="llama.cpp", llama_server=path / "llama-server", ollama=None)
+    return servers.Setup(
+        stock=install, patched=install, model=models.Model(path=path), device=device_, work=path.parent
+    )
+
+
+def test_which_cells_map_is_what_estimate_says(tmp_path: Path) -> None:
+    made = models.ensure(tmp_path, models.TINY)
+    setup = _setup(made.path, device.Cpu())
+    # A row of K or V has 2 x 64 half floats, so a page of 128 KiB holds 512 cells: 8 tensors.
+    growth = cells.growth(setup, context=4096, page=128 << 10)
+    assert list(growth.boundaries()) == [512, 1024, 1536, 2048, 2560, 3072, 3584]
+    assert growth.maps(512)
+    assert not growth.maps(256)
+    assert not growth.maps(513)
+    assert growth.mapped(300).mapped == 8 * 128 << 10
+    assert growth.mapped(300).ahead == 8 * 128 << 10
+    assert growth.mapped(200).ahead == 0
+
+
+def test_of_a_model_that_estimate_refuses_no_cell_is_said_to_map(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer: Any = gguf.GGUFWriter(path, "unheard-of")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    setup = _setup(path, device.Cpu())
+    report = Report(kind="overhead", facts={})
+    plan = overhead.SHORT
+    pages: Any = _Pages()
+    maps, places = overhead._places(report, setup, plan, [pages])
+    assert not any(maps(place) for place in places)
+    assert places[0] == 256
+    assert [cells.UNJUDGED in note for note in report.notes] == [True]
+
+
+class _Pages:
+    """A client as far as it is asked for its pages."""
+
+    def page_bytes(self) -> int:
+        return 4096
 
 
 def test_a_model_is_the_same_for_its_seed_alone_and_its_weights_have_no_mean(tmp_path: Path) -> None:
