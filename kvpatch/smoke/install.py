@@ -40,7 +40,7 @@ class Install:
         if not os.access(root, os.R_OK | os.X_OK) or not root.is_dir():
             raise UsageError(
                 f"{root} is not a folder that can be read",
-                hint="name the folder a build was written to, e.g. `kvpatch smoke out/`",
+                hint="name the folder that `kvpatch build --out DIR` wrote",
             )
         ollama = root / "bin" / "ollama"
         nested = root / "lib" / "ollama" / "llama-server"
