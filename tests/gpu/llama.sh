@@ -4,30 +4,32 @@
 #   tests/gpu/llama.sh OUT [STAGE...]
 #
 # Stages, in this order; each has a log of its own and says by its exit code whether it passed:
-#   build       both builds of one tree: stock, then what the patches change; packed into OUT/bins.tar.xz.*
+#   build       `kvpatch build --backend cuda` up to compiling, stock and then patched; packed into OUT/bins.tar.xz.*
 #   smoke       equal tokens: stock, patched off, patched on with sleeps, trims and erased slots; several KV types
+#   dates       an older llama.cpp, whose matrix products read a buffer's context: patched, switch off and on, equal tokens
 #   sanitizer   a patched server on a small model under compute-sanitizer, asleep and awake
 #   overhead    kvpatch bench overhead --check
 #   idle        kvpatch bench idle --check
 #   switch      kvpatch bench switch --check
 #   split       a model larger than the free card: layers on GPU and CPU, as many as in stock
 #   soak        tests/soak for SOAK_MINUTES
-# Without any, all of them but soak. Exit: 0 all passed, 1 one did not, 2 usage. OUT gets summary.txt, summary.json and
-# results.tar.gz (logs, figures, plots), at most 8 files of 15 MiB in all with the binaries.
+# Without any, all of them but dates and soak. Exit: 0 all passed, 1 one did not, 2 usage. OUT gets summary.txt,
+# summary.json and results.tar.gz (logs, figures, plots), at most 8 files of 15 MiB in all with the binaries.
 #
-# Needs: cmake, ninja, nvcc, a C++ compiler, Python with numpy. From the environment:
+# Needs: git, cmake, ninja, nvcc, a C++ compiler, Python with numpy. From the environment:
 #   SOURCE=DIR     what tests/gpu/llama_pack.py wrote: the trees, and wheels of what kvpatch needs
 #   BUILD=DIR      trees, binaries, models; survives between calls on one machine (/tmp/kvpatch-llama)
 #   BINS=DIR       a folder with bins.tar.xz.*: unpacked, nothing is built
 #   STOCK, PATCHED=DIR   these builds are used, nothing is built
 #   GPU_ARCH (90)  JOBS (all)  PYTHON (python3)  TOTAL_S (580: no stage goes on after so many seconds)
+#   CMAKE_ADDED    more flags of both builds, behind kvpatch's own
 #   OVERHEAD_ARGS, IDLE_ARGS, SWITCH_ARGS, SMOKE_ARGS, SPLIT_ARGS, SOAK_ARGS  more arguments     SOAK_MINUTES (8.5)
 #   FAKE=1         no GPU: CPU builds and tiny models, small numbers; tries this script and its programs
 set -u
 
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
-all_stages="build smoke sanitizer overhead idle switch split soak"
+all_stages="build smoke dates sanitizer overhead idle switch split soak"
 default_stages="build smoke sanitizer overhead idle switch split"
 # shellcheck source=tests/gpu/arguments.sh
 . "$here/arguments.sh"
@@ -69,38 +71,61 @@ prepare_python() {
 
 # ---- build ----
 
-configure() {
-  local flags=() line
-  while read -r line; do flags+=("$line"); done < <("$python" "$here/llama_install.py" flags)
-  [ ${#flags[@]} -gt 0 ] || return 1
+# kvpatch calls cmake as it finds it. Here that is a script which adds what this machine wants besides kvpatch's own
+# flags, so that nothing of those is written twice: what a user's build has, and visibly what differs.
+prepare_cmake() {
+  local cuda folder runpath="" real
+  real=$(command -v cmake) || { echo "cmake is not on PATH"; return 1; }
+  added="${CMAKE_ADDED:-}"
   if [ -z "$fake" ]; then
+    # One card needs no NCCL, and a machine that gets the binaries may not have it.
+    added="-DGGML_CUDA_NCCL=OFF $added"
     # Servers are started without LD_LIBRARY_PATH, so what it finds must be found otherwise; not by all of the linker's
     # folders: the driver's stub is in one of them.
-    local cuda folder runpath
     cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")") || return 1
-    # shellcheck disable=SC2016
-    runpath='$ORIGIN'
-    for folder in "$cuda/lib64" "$cuda/lib" ${LD_LIBRARY_PATH:+${LD_LIBRARY_PATH//:/ }} /usr/local/nvidia/lib64; do
+    for folder in "$cuda/lib" ${LD_LIBRARY_PATH:+${LD_LIBRARY_PATH//:/ }} /usr/local/nvidia/lib64; do
       case $folder in */stubs) ;; *) [ -d "$folder" ] && runpath="$runpath;$folder" ;; esac
     done
-    flags+=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${GPU_ARCH:-90}" -DGGML_CUDA_NCCL=OFF
-      "-DCMAKE_INSTALL_RPATH=$runpath")
   fi
-  cmake -S "$build/llama.cpp" -B "$build/build" -G Ninja "${flags[@]}"
+  mkdir -p "$build/cmake"
+  cat >"$build/cmake/cmake" <<END
+#!$BASH
+[ "\$1" = -S ] || exec "$real" "\$@"
+words=()
+for word; do
+  case \$word in -DCMAKE_INSTALL_RPATH=*) word="\$word$runpath" ;; esac
+  words+=("\$word")
+done
+exec "$real" "\${words[@]}" \$KVC_CMAKE_ADDED
+END
+  chmod +x "$build/cmake/cmake"
+  echo "== besides kvpatch's flags: $added; run path:$runpath"
 }
 
-# compile NAME: builds what is in the tree now and keeps its binaries in the folder NAME.
+# What a build's environment lacks (kvpatch drops LD_LIBRARY_PATH and more) must not be what the compilers need.
+compilers_work() {
+  echo 'int main() { return 0; }' >"$build/try.cpp"
+  env -u LD_LIBRARY_PATH -u LIBRARY_PATH -u CPATH -u C_INCLUDE_PATH -u CPLUS_INCLUDE_PATH \
+    c++ "$build/try.cpp" -o "$build/try" && (unset LD_LIBRARY_PATH && "$build/try")
+}
+
+# compile FOLDER SOURCE FLAGS WORDS...: `kvpatch build` of a carried tree into a folder of $build, without its smoke test.
 compile() {
-  cmake --build "$build/build" --target llama-server --parallel "$jobs" || return 1
-  rm -rf "${build:?}/$1"
-  mkdir -p "$build/$1/bin"
-  cp -a "$build/build/bin/llama-server" "$build"/build/bin/*.so* "$build/$1/bin/" || return 1
-  if (unset LD_LIBRARY_PATH; ldd "$build/$1"/bin/*.so "$build/$1/bin/llama-server") 2>&1 | grep 'not found'; then
+  local folder=$1 source=$2 flags=$3 start=$SECONDS cuda=()
+  shift 3
+  [ -z "$fake" ] && cuda=(--backend cuda --cuda-arch "${GPU_ARCH:-90}")
+  if [ ! -e "$build/$source/CMakeLists.txt" ]; then
+    mkdir -p "$build/$source"
+    tar -xf "$SOURCE/$source.tar.xz" -C "$build/$source" || return 1
+  fi
+  PATH="$build/cmake:$PATH" KVC_CMAKE_ADDED="$added $flags" "$python" -m kvpatch build --until compile \
+    --llama-cpp "$(cat "$SOURCE/$source.commit")" --llama-cpp-source "$build/$source" "${cuda[@]}" \
+    --jobs "$jobs" --out "$build/$folder" "$@" || { tail -n 40 "$KVPATCH_CACHE"/work/*/logs/compile.log; return 1; }
+  if (unset LD_LIBRARY_PATH; ldd "$build/$folder"/bin/*.so "$build/$folder/bin/llama-server") 2>&1 | grep 'not found'; then
     echo "FAIL: libraries are missing"
     return 1
   fi
-  strip --strip-unneeded "$build/$1"/bin/llama-server "$build/$1"/bin/*.so 2>/dev/null
-  echo "== $1: $((SECONDS - began)) s, $(du -sh "$build/$1" | cut -f1)"
+  echo "== $folder: $((SECONDS - start)) s, $(du -sh "$build/$folder" | cut -f1), $(ls "$build/$folder/bin" | wc -l) files"
 }
 
 stage_build() {
@@ -111,22 +136,10 @@ stage_build() {
     "$python" "$here/llama_install.py" model 8b &
     model=$!
   fi
-  if [ ! -e "$build/stock/kvpatch.json" ]; then
-    if [ ! -e "$build/llama.cpp/CMakeLists.txt" ]; then
-      mkdir -p "$build/llama.cpp"
-      "$python" "$here/llama_install.py" unpack "$SOURCE/llama.cpp.tar.xz" "$build/llama.cpp" || return 1
-    fi
-    [ -e "$build/build/build.ninja" ] || configure || return 1
-    compile stock || return 1
-    "$python" "$here/llama_install.py" manifest "$SOURCE/source.json" "$build/stock" stock || return 1
-  fi
-  # The new files have the time of now, so exactly what they change is built again.
-  "$python" "$here/llama_install.py" unpack "$SOURCE/patched.tar.xz" "$build/llama.cpp" || return 1
-  cmake "$build/build" >/dev/null || return 1 # new source files are found by globbing
-  compile patched || return 1
-  (cd "$root/vmm" && cc -std=c11 -O2 -fPIC -fvisibility=hidden -shared -Wl,-soname,libkvcached.so -Iinclude \
-    -o "$build/patched/bin/libkvcached.so" src/*.c -lpthread -ldl) || return 1
-  "$python" "$here/llama_install.py" manifest "$SOURCE/source.json" "$build/patched" patched || return 1
+  compilers_work && prepare_cmake || return 1
+  # In one work tree, whose build folder they share: of the patched one only what the patches change is compiled.
+  compile stock llama.cpp "" --stock || return 1
+  compile patched llama.cpp "" || return 1
   "$python" "$here/llama_install.py" pack "$build" "$out" stock patched || return 1
   ls -l "$out"/bins.tar.xz.*
   [ -z "$model" ] || wait "$model" || return 1
@@ -150,6 +163,16 @@ stage_smoke() {
   [ -n "$fake" ] && size="--shape tiny --short"
   # shellcheck disable=SC2046,SC2086
   "$python" "$here/llama_identity.py" $(both) --out "$results/smoke" $size ${SMOKE_ARGS:-}
+}
+
+stage_dates() {
+  [ -n "${SOURCE:-}" ] || { echo "SOURCE is not set"; return 1; }
+  compilers_work && prepare_cmake || return 1
+  # Without the kernels that are most of a build for CUDA and no part of what is looked for.
+  local flags=""
+  [ -z "$fake" ] && flags="-DGGML_CUDA_FA=OFF -DGGML_CPU_ALL_VARIANTS=OFF"
+  compile older older "$flags" || return 1
+  "$python" "$here/llama_identity.py" --patched "$build/older" --device "$device" --out "$results/dates"
 }
 
 stage_sanitizer() {
@@ -199,6 +222,7 @@ budget() { # seconds
   case $1 in
     build) echo 575 ;;
     smoke) echo 150 ;;
+    dates) echo 240 ;;
     sanitizer) echo 150 ;;
     overhead) echo 400 ;;
     idle) echo 150 ;;
@@ -208,61 +232,28 @@ budget() { # seconds
   esac
 }
 
-# In the background it runs as this script again, so that timeout can end it with all its children.
-if [ -n "${KVC_GPU_STAGE:-}" ]; then
-  "stage_$KVC_GPU_STAGE"
-  exit $?
-fi
-
-table=""
-json=""
-failed=0
-run_stage() {
-  local stage=$1 rc start=$SECONDS left limit word line log=$results/$1.log
-  left=$((total - (SECONDS - began)))
-  limit=$(budget "$stage")
-  [ "$left" -lt "$limit" ] && limit=$left
-  if [ "$limit" -lt 10 ]; then
-    rc=124
-    echo "no time was left for this stage" >"$log"
-  else
-    KVC_GPU_STAGE=$stage BUILD=$build timeout -k 10 "$limit" "$BASH" "$here/llama.sh" "$out" >"$log" 2>&1
-    rc=$?
-  fi
-  case $rc in
-    0) word=pass ;;
-    77) word=skip ;;
-    124 | 137) word=TIME ;;
-    *) word=FAIL ;;
-  esac
-  [ $rc -eq 0 ] || [ $rc -eq 77 ] || failed=1
-  line=$(grep -aE '^(ok|FAIL|FAILED|error|skipped|not built|bench .*bounds|\[.*\] (ok|FAILED))' "$log" | tail -n 1)
-  table="$table$(printf '%-10s %-5s %4d s of %4d  %s' "$stage" "$word" $((SECONDS - start)) "$limit" "${line:0:110}")
-"
-  json="$json{\"stage\": \"$stage\", \"result\": \"$word\", \"exit\": $rc, \"seconds\": $((SECONDS - start))},"
-  echo "== $stage: $word (exit $rc, $((SECONDS - start)) s)"
-  case $stage in
-    build) tail -n 15 "$log" ;;
-    overhead | idle | switch) grep -av '^\(overhead\|idle\|switch\): ' "$log" | tail -n 60 ;;
-    *) tail -n 40 "$log" ;;
+logs=$results
+ending() {
+  grep -aE '^(ok|FAIL|FAILED|error|skipped|not built|bench .*bounds|\[.*\] (ok|FAILED))' "$2" | tail -n 1
+}
+told() {
+  case $1 in
+    build | dates) tail -n 25 "$2" ;;
+    overhead | idle | switch) grep -av '^\(overhead\|idle\|switch\): ' "$2" | tail -n 60 ;;
+    *) tail -n 40 "$2" ;;
   esac
 }
+# shellcheck source=tests/gpu/stages.sh
+. "$here/stages.sh"
 
 prepare_python || exit 1
 if [ -n "${BINS:-}" ] && [ ! -e "$build/patched/kvpatch.json" ]; then
   "$python" "$here/llama_install.py" join "$BINS" "$build" || exit 1
 fi
 echo "== ready after $((SECONDS - began)) s"
-for stage in $all_stages; do
-  case " $stages " in *" $stage "*) run_stage "$stage" ;; esac
-done
-
-{
-  [ -z "$fake" ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-  printf '%-10s %-5s %s\n%s' stage "" "time of budget" "$table"
-  [ $failed -eq 0 ] && echo "all passed in $((SECONDS - began)) s" || echo "not all passed; $((SECONDS - began)) s"
-} | tee "$out/summary.txt"
-printf '{"stages": [%s], "seconds": %d}\n' "${json%,}" $((SECONDS - began)) >"$out/summary.json"
+run_stages
+summary | tee "$out/summary.txt"
+printf '{"stages": [%s], "seconds": %d}\n' "${rows%,}" $((SECONDS - began)) >"$out/summary.json"
 # Slot files and models are large and say nothing.
 (cd "$build" && tar -czf "$out/results.tar.gz" --exclude='*.gguf' --exclude=slots --exclude='slot-*' --exclude='ledger*' results)
 exit $failed

@@ -1,29 +1,21 @@
-"""What llama.sh needs of kvpatch: the flags of a build, and the manifest of one that was made without `kvpatch build`
-(a machine without network has no git repository to fetch from).
+"""What llama.sh needs besides kvpatch's own commands:
 
-  llama_install.py flags                               one CMake flag a line
-  llama_install.py manifest SOURCE.json DIR stock|patched
-  llama_install.py unpack ARCHIVE DIR                  files get the time of now, so that a build sees them as changed
-  llama_install.py pack DIR OUT FOLDER...              folders of DIR into OUT/bins.tar.xz.0, .1, ...
-  llama_install.py join BINS DIR                       and back
-  llama_install.py model SHAPE                         writes a model where the stages look for it
+llama_install.py pack DIR OUT FOLDER...              folders of DIR into OUT/bins.tar.xz.0, .1, ...
+llama_install.py join BINS DIR                       and back
+llama_install.py model SHAPE                         writes a model where the stages look for it
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import json
 import lzma
 import sys
 import tarfile
 import time
 from pathlib import Path
 
-from kvpatch import manifest
 from kvpatch.bench import models
-from kvpatch.stages import compile as compile_stage
-from kvpatch.stages import output
 
 _NAME = "bins.tar.xz"
 _PART = 15 << 20
@@ -47,37 +39,7 @@ def pack(folder: Path, out: Path, names: list[str]) -> None:
     whole.unlink()
 
 
-def _now(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.mtime = time.time()
-    return member
-
-
 def main(words: list[str]) -> int:
-    if words[:1] == ["flags"]:
-        source_flags = [*compile_stage.LLAMA_CPP_FLAGS]
-        sys.stdout.write("\n".join(source_flags) + "\n")
-        return 0
-    if words[:1] == ["manifest"] and len(words) == 4:
-        source = json.loads(Path(words[1]).read_text(encoding="utf-8"))
-        folder = Path(words[2])
-        stock = words[3] == "stock"
-        facts = {
-            "schema": manifest.SCHEMA,
-            "label": source["label"] if not stock else source["stock_label"],
-            "series": source["series"] if not stock else source["stock_series"],
-            "stock": stock,
-            "upstream_commits": {"llama.cpp": source["commit"]},
-            "artifacts": [
-                {k: v for k, v in row.items() if k != "mtime_ns"} for row in output.describe(folder)
-            ],
-            "smoke": None,
-        }
-        manifest.write(facts, folder)
-        return 0
-    if words[:1] == ["unpack"] and len(words) == 3:
-        with tarfile.open(words[1]) as tar:
-            tar.extractall(words[2], members=(_now(member) for member in tar), filter="data")
-        return 0
     if words[:1] == ["pack"] and len(words) > 3:
         pack(Path(words[1]), Path(words[2]), words[3:])
         return 0

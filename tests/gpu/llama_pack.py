@@ -1,10 +1,9 @@
 """Packs what llama.sh needs on a machine without network into a folder:
 
-llama_pack.py OUT [--llama-cpp REF] [--llama-cpp-source SPEC] [--wheel NAME...]
+llama_pack.py OUT [--llama-cpp VERSION] [--older VERSION] [--sdists DIR] [--wheel NAME...]
 
-llama.cpp.tar.xz   the stock tree, without what a build does not read
-patched.tar.xz     the files that the series and the templates change or add
-source.json        which llama.cpp and which series
+llama.cpp.tar.xz   the stock tree, without what a build does not read; llama.cpp.commit says which it is
+older.tar.xz       that of the stage `dates`; older.commit
 whl/               wheels of what kvpatch needs and the machine has not (pure Python; with --wheel others too)
 """
 
@@ -19,8 +18,6 @@ import sys
 import tarfile
 from pathlib import Path
 from typing import Any
-
-from kvpatch import hashing
 
 # Not read by a build for CPU and CUDA.
 _TOP = {
@@ -62,37 +59,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--llama-cpp", default="sdist")
-    parser.add_argument("--llama-cpp-source", default="sdist")
+    parser.add_argument("--llama-cpp", default="0.3.35", metavar="VERSION")
+    parser.add_argument("--older", default="0.3.31", metavar="VERSION")
+    parser.add_argument("--sdists", type=Path, help="where source distributions already are")
     parser.add_argument("--wheel", action="append", default=[], help="a package more")
     parser.add_argument("--python", default="3.12", help="the machine's Python")
     given = parser.parse_args()
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    source = ["--llama-cpp", given.llama_cpp, "--llama-cpp-source", given.llama_cpp_source]
-
-    stock = _generate([*source, "--stock"])
-    tree = Path(stock["workspace"]) / "llama.cpp"
-    before = _files(tree)
-    _pack(out / "llama.cpp.tar.xz", tree, sorted(before))
-    patched = _generate(source)
-    after = _files(Path(patched["workspace"]) / "llama.cpp")
-    if gone := sorted(set(before) - set(after)):
-        raise SystemExit(f"the patches remove files, which an overlay cannot: {gone}")
-    changed = sorted(name for name, digest in after.items() if before.get(name) != digest)
-    _pack(out / "patched.tar.xz", Path(patched["workspace"]) / "llama.cpp", changed)
-    sources = {row["upstream"]: row for row in patched["plan"]["sources"]}
-    facts = {
-        "commit": sources["llama.cpp"]["commit"],
-        "label": f"{patched['plan']['name']}+{patched['plan']['series']}",
-        "series": patched["plan"]["series"],
-        "stock_label": f"{stock['plan']['name']}+stock",
-        "stock_series": stock["plan"]["series"],
-    }
-    (out / "source.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    for name, version in (("llama.cpp", given.llama_cpp), ("older", given.older)):
+        spec = f"sdist:{version}"
+        if given.sdists is not None:
+            spec = f"sdist:{given.sdists.absolute()}/llama_cpp_python-{version}.tar.gz"
+        stock = _generate(["--llama-cpp", version, "--llama-cpp-source", spec, "--stock"])
+        tree = Path(stock["workspace"]) / "llama.cpp"
+        _pack(out / f"{name}.tar.xz", tree, sorted(_files(tree)))
+        sources = {row["upstream"]: row for row in stock["plan"]["sources"]}
+        # By the commit kvpatch knows the tree's date, and so which variants of the patches it takes.
+        (out / f"{name}.commit").write_text(sources["llama.cpp"]["commit"] + "\n", encoding="utf-8")
     _wheels(out / "whl", given.wheel, given.python)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    sys.stdout.write(f"{out}: {len(before)} files, {len(changed)} changed, {size / 2**20:.1f} MiB\n")
+    sys.stdout.write(f"{out}: {size / 2**20:.1f} MiB\n")
     return 0
 
 
@@ -105,15 +92,15 @@ def _generate(words: list[str]) -> dict[str, Any]:
     return data
 
 
-def _files(tree: Path) -> dict[str, str]:
-    """Name to sha256 of every file that a build may read."""
-    found = {}
+def _files(tree: Path) -> list[str]:
+    """Every file that a build may read."""
+    found = []
     for path in tree.rglob("*"):
         name = path.relative_to(tree).as_posix()
         if path.is_dir() or path.is_symlink() or name.split("/")[0] in _TOP:
             continue
         if not any(name.startswith(folder + "/") for folder in _UNREAD):
-            found[name] = hashing.of_file(path)
+            found.append(name)
     return found
 
 

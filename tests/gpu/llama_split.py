@@ -18,6 +18,7 @@ from pathlib import Path
 from kvpatch.bench import device as devices
 from kvpatch.bench import models, servers
 from kvpatch.errors import KvpatchError
+from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.report import CheckFailed
 
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
@@ -31,10 +32,10 @@ def load(setup: servers.Setup, side: str) -> dict[str, object]:
     extra = ("-fit", "on", "--log-verbosity", "4", *(("-ngl", "auto") if setup.device.name == "cuda" else ()))
     started = servers.spec(setup, who, context=CONTEXT, extra=extra, name=f"split-{side}")
     with servers.client(setup, who, started) as one:
-        first = one.complete(servers.prompt(600), 48)
+        first = one.complete(prompt_ids(600), 48)
         # Of a prompt in the cache, both: one token by itself is rounded otherwise than as the last of a batch.
-        answer = one.complete(servers.prompt(600), 48)
-        again = one.complete(servers.prompt(600), 48)
+        answer = one.complete(prompt_ids(600), 48)
+        again = one.complete(prompt_ids(600), 48)
         held = setup.device.held(one.server.pid)
         found = _OFFLOADED.findall(one.server.log_text())
     if again.tokens != answer.tokens:

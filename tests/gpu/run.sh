@@ -197,54 +197,24 @@ budget() { # seconds
   esac
 }
 
-# In the background it runs as this script again, so that timeout can end it with all its children.
-if [ -n "${KVC_GPU_STAGE:-}" ]; then
-  "stage_$KVC_GPU_STAGE"
-  exit $?
-fi
-
-table=""
-failed=0
-run_stage() {
-  local stage=$1 rc start=$SECONDS left limit word line
-  left=$((total - (SECONDS - began)))
-  limit=$(budget "$stage")
-  [ "$left" -lt "$limit" ] && limit=$left
-  if [ "$limit" -lt 5 ]; then
-    rc=124
-    echo "no time was left for this stage" >"$out/$stage.log"
+logs=$out
+# The last line that says how it ended; of the sanitizer all of its summaries.
+ending() {
+  if [ "$1" = sanitizer ] && grep -aq 'ERROR SUMMARY' "$2"; then
+    grep -a 'ERROR SUMMARY' "$2" | sed 's/^=* *//' | sort | uniq -c | sed 's/^ *\([0-9]*\) /\1 x /' | paste -sd ';' -
   else
-    KVC_GPU_STAGE=$stage BUILD=$build timeout -k 5 "$limit" "$BASH" "$here/run.sh" "$out" >"$out/$stage.log" 2>&1
-    rc=$?
+    grep -aE '^(ok|FAIL|[a-z0-9-]+: [0-9]+ passed|skipped|not built|[0-9]+ of [0-9]+ bounds)' "$2" | tail -n 1
   fi
-  case $rc in
-    0) word=pass ;;
-    77) word=skip ;;
-    124 | 137) word="TIME" ;;
-    *) word=FAIL ;;
-  esac
-  [ $rc -eq 0 ] || [ $rc -eq 77 ] || failed=1
-  # The last line that says how it ended.
-  line=$(grep -aE '^(ok|FAIL|[a-z0-9-]+: [0-9]+ passed|skipped|not built|[0-9]+ of [0-9]+ bounds)' "$out/$stage.log" |
-    tail -n 1)
-  [ "$stage" = sanitizer ] && grep -aq 'ERROR SUMMARY' "$out/$stage.log" && line=$(grep -a 'ERROR SUMMARY' "$out/$stage.log" | sed 's/^=* *//' | sort | uniq -c |
-    sed 's/^ *\([0-9]*\) /\1 x /' | paste -sd ';' -)
-  table="$table$(printf '%-10s %-5s %4d s of %4d  %s' "$stage" "$word" $((SECONDS - start)) "$limit" "${line:0:110}")
-"
-  echo "== $stage: $word (exit $rc, $((SECONDS - start)) s), log $out/$stage.log"
-  [ "$word" = pass ] || tail -n 40 "$out/$stage.log"
 }
+told() { [ "$3" = pass ] || tail -n 40 "$2"; }
+# shellcheck source=tests/gpu/stages.sh
+. "$here/stages.sh"
 
 case " $stages " in
   *" build "*) ;;
   *) [ -e "$build/done$fake" ] || stages="build $stages" ;;
 esac
-for stage in $all_stages; do
-  case " $stages " in *" $stage "*) run_stage "$stage" ;; esac
-done
-
+run_stages
 echo
-[ -z "$fake" ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
-printf '%-10s %-5s %s\n%s' stage "" "time of budget" "$table"
-[ $failed -eq 0 ] && echo "all passed in $((SECONDS - began)) s" || echo "not all passed; $((SECONDS - began)) s"
+summary
 exit $failed
