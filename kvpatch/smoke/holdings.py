@@ -26,7 +26,7 @@ class Holdings:
 
 
 @functools.cache
-def _library(root: Path) -> runtime.Library:
+def library(root: Path) -> runtime.Library:
     """That of the build: another one's ledger may be of another version."""
     return runtime.load(root)
 
@@ -34,7 +34,7 @@ def _library(root: Path) -> runtime.Library:
 def holdings(install: Install, ledger: Path, pid: int) -> Holdings:
     """Raises CheckFailed when the ledger cannot be read, or the process is not in it."""
     try:
-        with runtime.Ledger(ledger, library=_library(install.root)) as opened:
+        with runtime.Ledger(ledger, library=library(install.root)) as opened:
             found = [slot for slot in opened.slots() if slot.pid == pid]
     except KvpatchError as error:
         raise CheckFailed(f"the ledger {ledger} cannot be read: {error}") from error
