@@ -18,7 +18,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum call { CALL_MMAP, CALL_MUNMAP, CALL_MPROTECT, CALL_MADVISE, CALLS };
+enum call { CALL_MMAP, CALL_MPROTECT, CALL_MADVISE, CALLS };
 
 struct schedule {
   _Atomic uint32_t calls;     /* made so far, failed ones included */
@@ -26,7 +26,6 @@ struct schedule {
   _Atomic uint32_t countdown; /* the call that fails next: 1 = the next one; 0 = none */
   _Atomic uint32_t again;     /* what the countdown starts from after a failure */
   _Atomic int32_t error;      /* errno of a failure */
-  _Atomic int32_t advice;     /* madvise: only calls with this advice count; 0 = all */
 };
 
 static struct schedule *schedules;
@@ -58,11 +57,9 @@ static int ours(const void *from) {
 }
 
 /* Whether this call is to fail; errno is then set. */
-static int fails(enum call call, const void *from, int advice) {
+static int fails(enum call call, const void *from) {
   if (!ours(from)) return 0;
   struct schedule *s = &schedules[call];
-  int only = atomic_load(&s->advice);
-  if (only && only != advice) return 0;
   atomic_fetch_add(&s->calls, 1);
   uint32_t now = atomic_load(&s->countdown);
   while (now > 0) {
@@ -76,21 +73,16 @@ static int fails(enum call call, const void *from, int advice) {
 }
 
 void *mmap(void *at, size_t size, int prot, int flags, int fd, off_t off) {
-  if (fails(CALL_MMAP, __builtin_return_address(0), 0)) return MAP_FAILED;
+  if (fails(CALL_MMAP, __builtin_return_address(0))) return MAP_FAILED;
   return (void *)syscall(SYS_mmap, at, size, prot, flags, fd, off);
 }
 
-int munmap(void *at, size_t size) {
-  if (fails(CALL_MUNMAP, __builtin_return_address(0), 0)) return -1;
-  return (int)syscall(SYS_munmap, at, size);
-}
-
 int mprotect(void *at, size_t size, int prot) {
-  if (fails(CALL_MPROTECT, __builtin_return_address(0), 0)) return -1;
+  if (fails(CALL_MPROTECT, __builtin_return_address(0))) return -1;
   return (int)syscall(SYS_mprotect, at, size, prot);
 }
 
 int madvise(void *at, size_t size, int advice) {
-  if (fails(CALL_MADVISE, __builtin_return_address(0), advice)) return -1;
+  if (fails(CALL_MADVISE, __builtin_return_address(0))) return -1;
   return (int)syscall(SYS_madvise, at, size, advice);
 }

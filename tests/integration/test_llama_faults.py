@@ -1,5 +1,6 @@
-"""Memory calls of libkvcached fail under a running server, each one in turn: the server lives on, answers
-right or 503, and once calls succeed again everything is as before, by the ledger and by the kernel.
+"""Calls by which libkvcached takes memory and gives it back (mmap, mprotect, madvise) fail under a running server:
+it lives on, answers right or 503, and once calls succeed again everything is as before, by the ledger and by the
+kernel.
 
 tests/faults/failing_calls.c is preloaded and makes them fail."""
 
@@ -30,15 +31,14 @@ class Call(IntEnum):
     """As in failing_calls.c."""
 
     MMAP = 0
-    MUNMAP = 1
-    MPROTECT = 2
-    MADVISE = 3
+    MPROTECT = 1
+    MADVISE = 2
 
 
 class Faults:
     """The page that the preloaded library reads its schedules from."""
 
-    _FORMAT = struct.Struct("=IIIIii")  # calls, failures, countdown, again, error, advice
+    _FORMAT = struct.Struct("=IIIIi")  # calls, failures, countdown, again, error
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(bytes(4096))
@@ -52,7 +52,7 @@ class Faults:
         """The nth call from now on fails, and then every `again`-th."""
         at = call * self._FORMAT.size
         # The countdown last: it is what arms the schedule.
-        struct.pack_into("=Iii", self._page, at + 12, again, errno.ENOMEM, 0)
+        struct.pack_into("=Ii", self._page, at + 12, again, errno.ENOMEM)
         struct.pack_into("=I", self._page, at + 8, nth)
 
     def clear(self) -> None:
