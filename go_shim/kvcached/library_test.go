@@ -31,6 +31,7 @@ func realManager(t *testing.T, limit uint64) (*Manager, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(manager.Close)
 	return manager, ledger
 }
 
@@ -113,8 +114,8 @@ func TestRealLibraryChild(t *testing.T) {
 
 	stats, err := manager.Stats()
 	want := Stats{
-		Model: "/m/model", Name: "model", State: StateAwake, PID: int64(child.Process.Pid),
-		Mapped: 40960, Reserved: 1 << 30, Lease: 1_004_096, Charge: 300_000 + 40960 + 700_416 + 8192, Limit: 1_060_000,
+		Model: "/m/model", Name: "model", State: StateLoading, PID: int64(child.Process.Pid),
+		Mapped: 40960, Reserved: 1 << 30, Weights: 700_416, Lease: 1_004_096, Charge: 300_000 + 40960 + 700_416 + 8192, Limit: 1_060_000,
 	}
 	if err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)
@@ -126,7 +127,7 @@ func TestRealLibraryChild(t *testing.T) {
 	}
 	_ = child.Wait()
 	cache.Free()
-	if slots, err := manager.ledger.Slots(); err != nil || len(slots) != 0 {
+	if slots, err := manager.host.ledger.Slots(); err != nil || len(slots) != 0 {
 		t.Errorf("%+v, %v", slots, err)
 	}
 }

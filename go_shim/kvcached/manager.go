@@ -6,24 +6,58 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // LedgerVariable names the ledger to use instead of the user's own. The server hands its ledger to its children in it.
 const LedgerVariable = "KVCACHED_LEDGER"
 
-// Manager is the budget of one server: its ledger, its limit and the caches of its children.
+// defaultRoomWait is how long a child's claim waits for room: Ollama's own OLLAMA_LOAD_TIMEOUT.
+const defaultRoomWait = 5 * time.Minute
+
+// Manager is the budget of one server: its devices, its limit, and the caches of its children. It alone decides which of
+// them gives way.
 type Manager struct {
 	settings Settings
+	tuning   tuning
 	library  Library
 	group    string
-	ledger   Ledger
+	named    string // ledger that LedgerVariable named, "" for none
+	policy   Policy
+	host     *pool
 
-	mu     sync.Mutex
-	caches map[int]*KVCache  // by slot; those that hold a lease
-	names  map[string]string // model file: the name its user knows
+	opening sync.Mutex     // one ledger is opened at a time; taken before mu
+	closed  chan struct{}  // closed by Close
+	running sync.WaitGroup // goroutines
+
+	mu       sync.Mutex
+	over     bool // Close was called
+	pools    []*pool
+	caches   map[*KVCache]struct{} // those that hold a lease
+	names    map[string]string     // model file: the name its user knows
+	unloader func(model string) bool
+	roomWait time.Duration
+	commands uint64 // commands that came back: what was read of a ledger before is old
+	serial   uint64 // of demands
+}
+
+// tuning is the part of the settings that decisions read.
+type tuning struct {
+	idle      time.Duration // sleep after so long without a request; 0: only under pressure
+	asleep    time.Duration // unload after so long asleep
+	hostLimit uint64        // of host memory that sleepers may take; NoLimit: none
+}
+
+// hostText is the host memory limit as a child reads it, "" for none.
+func (t tuning) hostText() string {
+	if t.hostLimit == NoLimit || t.hostLimit == 0 {
+		return ""
+	}
+	return strconv.FormatFloat(float64(t.hostLimit)/(1<<20), 'f', -1, 64) + "MiB"
 }
 
 var current atomic.Pointer[Manager]
@@ -57,6 +91,10 @@ func Start(settings Settings, directories []string) (*Manager, error) {
 
 // Open is Start with a library at hand, and the ledger's path ("" for the user's own).
 func Open(settings Settings, library Library, path string) (*Manager, error) {
+	policy, err := policyNamed(policyName(settings))
+	if err != nil {
+		return nil, err
+	}
 	group, err := newGroup()
 	if err != nil {
 		return nil, err
@@ -65,14 +103,63 @@ func Open(settings Settings, library Library, path string) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the ledger of models' memory: %w", err)
 	}
-	return &Manager{
+	m := &Manager{
 		settings: settings,
+		tuning:   tuningOf(settings),
 		library:  library,
 		group:    group,
-		ledger:   ledger,
-		caches:   map[int]*KVCache{},
+		named:    path,
+		policy:   policy,
+		closed:   make(chan struct{}),
+		caches:   map[*KVCache]struct{}{},
 		names:    map[string]string{},
-	}, nil
+		roomWait: defaultRoomWait,
+	}
+	m.host = m.newPool(Device{ID: HostID, Name: "CPU"}, ledger)
+	m.host.limit, m.host.source = settings.Limit, settings.Source
+	m.pools = []*pool{m.host}
+	m.startPool(m.host)
+	return m, nil
+}
+
+// Close ends the manager's goroutines, and every wait with an error. Leases stay until their caches are freed.
+func (m *Manager) Close() {
+	m.mu.Lock()
+	if m.over {
+		m.mu.Unlock()
+		return
+	}
+	m.over = true
+	close(m.closed)
+	for _, p := range m.pools {
+		for _, d := range slices.Clone(p.queue) {
+			d.finish(errClosed)
+		}
+	}
+	m.mu.Unlock()
+	m.running.Wait()
+}
+
+// spawn runs f on a goroutine that Close waits for. Held: mu.
+func (m *Manager) spawn(f func()) {
+	if m.over {
+		return
+	}
+	m.running.Add(1)
+	go func() {
+		defer m.running.Done()
+		f()
+	}()
+}
+
+// kick has all pools decide anew. Not held: mu.
+func (m *Manager) kick() {
+	m.mu.Lock()
+	pools := m.pools
+	m.mu.Unlock()
+	for _, p := range pools {
+		p.kick()
+	}
 }
 
 // newGroup makes the name under which this server's models share a limit, at most 31 bytes. The process id alone would be
@@ -88,13 +175,22 @@ func newGroup() (string, error) {
 // Settings are those the manager was opened with.
 func (m *Manager) Settings() Settings { return m.settings }
 
-// Describe says in one line what is managed, for the log.
-func (m *Manager) Describe() string {
-	limit := "none"
-	if m.settings.Limit != NoLimit {
-		limit = fmt.Sprintf("%s (%s)", FormatSize(m.settings.Limit), m.settings.Source)
-	}
-	return fmt.Sprintf("libkvcached %s, ledger %s, group %s, limit %s", m.library.Version(), m.ledger.Path(), m.group, limit)
+// Group is the name under which this server's models share a limit in the ledgers.
+func (m *Manager) Group() string { return m.group }
+
+// OnUnload sets the scheduler's way to unload a model that sleeps: it starts to, and returns at once; false when the model
+// is in use. It is called with no lock held.
+func (m *Manager) OnUnload(unload func(model string) bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.unloader = unload
+}
+
+// SetRoomWait says how long a child's claim may wait for room: as long as the server lets a model load.
+func (m *Manager) SetRoomWait(wait time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.roomWait = wait
 }
 
 // SetName records what the user calls the model stored in a file; reports and errors use it.
@@ -117,156 +213,40 @@ func (m *Manager) Name(model string) string {
 	return model[strings.LastIndexByte(model, '/')+1:]
 }
 
-// NewKVCache is a cache for a child that will run the model stored in a file. It holds nothing until Allocate.
+// NewKVCache is a cache for a child that will run the model stored in a file, in host memory. It holds nothing until
+// Allocate.
 func (m *Manager) NewKVCache(model string, need Need) *KVCache {
-	return &KVCache{manager: m, model: model, name: m.Name(model), need: need, slot: noSlot}
+	return &KVCache{
+		manager: m, model: model, name: m.Name(model), need: need,
+		shares: []share{{pool: m.host, need: need, main: true, size: need.Total()}},
+	}
 }
 
-// BySlot is the cache that holds the lease of a slot, nil if there is none.
+// ByModel is the cache that holds the lease of a model's child, nil if there is none.
+func (m *Manager) ByModel(model string) *KVCache {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for c := range m.caches {
+		if c.model == model {
+			return c
+		}
+	}
+	return nil
+}
+
+// BySlot is the cache that holds the lease of a slot in host memory's ledger, nil if there is none.
 func (m *Manager) BySlot(slot int) *KVCache {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.caches[slot]
-}
-
-// Check says whether a model with this need could get its lease now: nil, or the *LimitError that Allocate would return.
-// Another process may change the answer before Allocate is called.
-func (m *Manager) Check(model string, need Need) error {
-	if m.settings.Limit == NoLimit {
-		return nil
-	}
-	charges, err := m.charges()
-	if err != nil {
-		return err
-	}
-	refusal := m.refusal(m.Name(model), need, charges)
-	if refusal.Charged() <= m.settings.Limit && need.Total() <= m.settings.Limit-refusal.Charged() {
-		return nil
-	}
-	return refusal
-}
-
-// charges lists what the group's slots are charged, largest first.
-func (m *Manager) charges() ([]Charge, error) {
-	slots, err := m.ledger.Slots()
-	if err != nil {
-		return nil, err
-	}
-	var charges []Charge
-	for _, slot := range slots {
-		if slot.Group == m.group {
-			charges = append(charges, Charge{Model: slot.Name, Bytes: slot.Charge})
+	for _, part := range m.host.parts {
+		if part.slot == slot {
+			return part.cache
 		}
 	}
-	slices.SortStableFunc(charges, func(a, b Charge) int {
-		switch {
-		case a.Bytes > b.Bytes:
-			return -1
-		case a.Bytes < b.Bytes:
-			return 1
-		}
-		return strings.Compare(a.Model, b.Model)
-	})
-	return charges, nil
+	return nil
 }
 
-func (m *Manager) refusal(name string, need Need, charges []Charge) *LimitError {
-	return &LimitError{Model: name, Need: need, Limit: m.settings.Limit, Source: m.settings.Source, Others: charges}
-}
+// policyName and tuningOf read the settings that decisions depend on.
+func policyName(Settings) string { return "" }
 
-// States of a model in reports.
-const (
-	StateLeased = "leased" // memory is set aside; the child has not opened its slot, and need not if it keeps no KV cache
-	StateAwake  = "awake"  // the child runs on its slot
-)
-
-// Stats is what one model occupies. Sizes are bytes.
-type Stats struct {
-	Model    string // its file
-	Name     string
-	State    string
-	PID      int64
-	Mapped   uint64 // KV cache that is there; weights and compute buffers are not in it
-	Reserved uint64 // KV cache that could be
-	Lease    uint64
-	Charge   uint64 // what counts against the limit
-	Limit    uint64 // NoLimit for none
-}
-
-// Stats lists the models of this server that hold a lease, in no particular order. The ledger is read once.
-func (m *Manager) Stats() ([]Stats, error) {
-	slots, err := m.ledger.Slots()
-	if err != nil {
-		return nil, err
-	}
-	var stats []Stats
-	for _, slot := range slots {
-		cache := m.BySlot(slot.Index)
-		if cache == nil || slot.Group != m.group {
-			continue
-		}
-		state := StateLeased
-		if slot.Attached {
-			state = StateAwake
-		}
-		// Weights and compute buffers are mapped in full: this server puts no model to sleep.
-		reserved := slot.Reserved - min(slot.Reserved, slot.Weights+slot.Compute)
-		stats = append(stats, Stats{
-			Model: cache.model, Name: cache.name, State: state, PID: slot.PID,
-			Mapped: slot.KV, Reserved: reserved, Lease: slot.Lease, Charge: slot.Charge, Limit: m.settings.Limit,
-		})
-	}
-	return stats, nil
-}
-
-// Charge is what one model counts against the limit.
-type Charge struct {
-	Model string
-	Bytes uint64
-}
-
-// LimitError refuses a model that the limit has no room for. Nothing was started or changed.
-type LimitError struct {
-	Model  string
-	Need   Need
-	Limit  uint64
-	Source string   // the variable, or the file and line, that set the limit
-	Others []Charge // what other models of this server are charged, largest first
-}
-
-// Charged is the sum over Others.
-func (e *LimitError) Charged() uint64 {
-	var sum uint64
-	for _, charge := range e.Others {
-		sum += charge.Bytes
-	}
-	return sum
-}
-
-// FitsAlone says whether the model would fit if the others were gone.
-func (e *LimitError) FitsAlone() bool { return e.Need.Total() <= e.Limit }
-
-// Error must not contain words that Ollama takes for a crash of the device: it would unload every model in reply.
-func (e *LimitError) Error() string {
-	var text strings.Builder
-	fmt.Fprintf(&text, "kvcached: model %s needs %s (weights %s, first KV step %s), but the limit for all models together is %s, set by %s",
-		e.Model, FormatSize(e.Need.Total()), FormatSize(e.Need.Weights), FormatSize(e.Need.FirstStep), FormatSize(e.Limit), e.Source)
-	if len(e.Others) > 0 {
-		listed := make([]string, 0, len(e.Others))
-		for _, charge := range e.Others {
-			listed = append(listed, fmt.Sprintf("%s %s", charge.Model, FormatSize(charge.Bytes)))
-		}
-		fmt.Fprintf(&text, ", and others are charged %s of it (%s)", FormatSize(e.Charged()), strings.Join(listed, ", "))
-	}
-	switch {
-	case e.FitsAlone() && len(e.Others) == 0:
-		// the others ended between the refusal and the look at who was charged
-		text.WriteString("; another model has just made room, try again")
-	case e.FitsAlone():
-		fmt.Fprintf(&text, "; stop another model (ollama stop %s) or raise the limit to %s or more",
-			e.Others[0].Model, FormatSize(e.Need.Total()+e.Charged()))
-	default:
-		fmt.Fprintf(&text, "; raise the limit to %s or more, or use a smaller model", FormatSize(e.Need.Total()))
-	}
-	return text.String()
-}
+func tuningOf(Settings) tuning { return tuning{asleep: 30 * time.Minute, hostLimit: NoLimit} }

@@ -29,6 +29,9 @@ func TestAllocateAndFree(t *testing.T) {
 		"KVCACHED_SLOT":           "0",
 		"KVCACHED_GROUP":          manager.group,
 		"KVCACHED_LIMIT":          "1000",
+		"KVCACHED_LEASES":         "host,0,1000,/dev/shm/fake",
+		"KVCACHED_SLEEPS":         "1",
+		"KVCACHED_ROOM_WAIT_MS":   "300000",
 	}
 	if got := cache.Env(); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("environment: %v, want %v", got, want)
@@ -57,6 +60,7 @@ func TestGroupsAreApart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { closeFake(second, ledger) })
 	for _, manager := range []*Manager{first, second} {
 		if !strings.HasPrefix(manager.group, fmt.Sprintf("ollama-%d-", os.Getpid())) || len(manager.group) > 31 {
 			t.Errorf("group %q", manager.group)
@@ -183,11 +187,12 @@ func TestStats(t *testing.T) {
 	}
 	ledger.set(cache.Slot(), func(s *Slot) {
 		s.Attached, s.PID, s.Charge = true, 42, 150
-		s.Claim, s.Reserved = 90, 440
-		s.KV, s.Weights, s.Compute = 50, 30, 10
+		s.Claim, s.Reserved, s.KindReserved = 90, 440, [3]uint64{400, 30, 10}
+		s.KV, s.Weights, s.Compute, s.Context, s.HostBytes = 50, 30, 10, 7, 8
 	})
+	cache.Begin()
 	stats, err = manager.Stats()
-	if want := (Stats{"/m/a", "a:latest", StateAwake, 42, 50, 400, 120, 150, 1000}); err != nil || len(stats) != 1 || stats[0] != want {
+	if want := (Stats{"/m/a", "a:latest", StateAwake, 42, 50, 400, 30, 7, 8, 120, 150, 1000}); err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)
 	}
 	ledger.fail = errors.New("torn")
@@ -233,7 +238,7 @@ func TestStart(t *testing.T) {
 	opened := ""
 	openLibrary = func(path string) (Library, error) {
 		opened = path
-		return &fakeLibrary{ledger: &fakeLedger{}}, nil
+		return &fakeLibrary{ledger: newFakeLedger("/dev/shm/fake")}, nil
 	}
 
 	if manager, err := Start(Settings{}, []string{directory}); manager != nil || err != nil || opened != "" {
@@ -250,6 +255,9 @@ func TestStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	manager, err := Start(Settings{Enabled: true, Limit: NoLimit}, []string{"/nonexistent", directory})
+	if manager != nil {
+		t.Cleanup(manager.Close)
+	}
 	if err != nil || opened != path {
 		t.Fatalf("%v, opened %q", err, opened)
 	}

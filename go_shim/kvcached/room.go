@@ -1,0 +1,453 @@
+package kvcached
+
+import (
+	"log/slog"
+	"math"
+	"slices"
+	"time"
+)
+
+// item is somebody who waits for room on a device: a demand of the queue, a claim that a child has parked, or, with
+// neither, a limit that more is charged than it allows.
+type item struct {
+	since    time.Duration
+	demand   *demand
+	part     *part
+	need     int64
+	shortage int64
+}
+
+// step looks at the device once, hands out the room there is in order of arrival, and sets about making more where somebody
+// lacks it. It starts things and waits for none. The result is when to look again at the latest.
+func (p *pool) step() time.Duration {
+	v, err := p.look()
+	m := p.manager
+	if err != nil {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		p.fail(err)
+		return pollEvery
+	}
+	defer m.mu.Unlock()
+	if m.over {
+		return pollEvery
+	}
+	p.broken = false
+
+	next := p.timers(v)
+	short, again := p.serve(v)
+	next = min(next, again)
+	if len(short) == 0 {
+		p.stopDraining()
+		if v.room < 0 {
+			short = []item{{shortage: -v.room}}
+		}
+	}
+	for _, it := range short {
+		next = min(next, p.help(it, v))
+	}
+	return max(next, time.Millisecond)
+}
+
+// fail ends every wait with the reason why the ledger cannot be read. Held: Manager.mu.
+func (p *pool) fail(err error) {
+	if !p.broken {
+		slog.Error("kvcached: no decisions can be made", "device", p.device.ID, "error", err)
+	}
+	p.broken = true
+	for _, d := range slices.Clone(p.queue) {
+		d.finish(err)
+	}
+}
+
+// serve hands out room in order of arrival. It returns who lacks some: at most the first demand, which those behind it wait
+// for, and the first parked claim, which does not wait for demands: its request runs, and others' turn comes when it ends.
+func (p *pool) serve(v view) (short []item, next time.Duration) {
+	next = pollEvery
+	var waiting []item
+	for _, d := range slices.Clone(p.queue) {
+		waiting = append(waiting, item{since: d.since, demand: d})
+	}
+	for _, part := range p.parts {
+		if d := part.cache.wake; part.claims() && (d == nil || d.running) {
+			waiting = append(waiting, item{since: part.seen.WantsSince, part: part, need: toRoom(part.seen.Wants)})
+		}
+	}
+	slices.SortStableFunc(waiting, func(a, b item) int { return int(min(max(a.since-b.since, -1), 1)) })
+
+	room := v.room
+	blocked, claimed := false, false
+	for _, it := range waiting {
+		if it.part != nil {
+			lacks := it.need - max(room, 0)
+			if lacks <= 0 {
+				// The child tries again by itself. If it goes on waiting, the device has less than the limit.
+				if age := v.now - it.since; age < deviceShort {
+					next = min(next, deviceShort-age)
+					room -= it.need
+					continue
+				}
+				lacks = it.need
+			}
+			if !claimed {
+				it.shortage, claimed = lacks, true
+				short = append(short, it)
+			}
+			continue
+		}
+		d := it.demand
+		it.need = d.needOn(p)
+		switch {
+		case d.over:
+		case d.running:
+			// What it was given is not yet charged. If it parks meanwhile, its claim is in the list instead.
+			if own := d.cache.on(p); own == nil || !own.claims() {
+				room -= it.need
+			}
+		case blocked:
+		case d.wake && d.cache.sleeping != 0, d.wake && p.waking != nil && p.waking != d:
+			blocked = true
+		case d.after > v.now:
+			blocked = true
+			next = min(next, d.after-v.now)
+		case d.wake && !d.cache.asleep():
+			d.finish(nil) // it was only held back, or woke by itself
+		case it.need <= room && !d.short:
+			room -= it.need
+			p.grant(d)
+		default:
+			blocked = true
+			d.granted[p] = false
+			if p.waking == d {
+				p.waking = nil
+			}
+			it.shortage = it.need - room
+			if d.short {
+				it.shortage = it.need
+			}
+			short = append(short, it)
+		}
+	}
+	return short, next
+}
+
+// needOn is how much room a demand lacks on a device.
+func (d *demand) needOn(p *pool) int64 {
+	if !d.wake {
+		return toRoom(d.need[p])
+	}
+	if part := d.cache.on(p); part != nil && part.there {
+		return toRoom(max(part.seen.Asleep, part.seen.Wants)) // what its parked claim lacks has what sleeps in it
+	}
+	return 0
+}
+
+// grant says that there is room for a demand on a device, and starts it when there is on all of its devices.
+func (p *pool) grant(d *demand) {
+	m := p.manager
+	d.granted[p] = true
+	if d.wake {
+		p.waking = d
+	}
+	for _, other := range d.pools {
+		if !d.granted[other] {
+			return
+		}
+	}
+	d.running, d.stuck = true, 0
+	if !d.wake {
+		d.ready <- struct{}{} // empty: nothing was granted since it was emptied
+		return
+	}
+	var parts []*part
+	bytes := uint64(0)
+	for _, part := range d.cache.parts {
+		if part.main && part.there && part.seen.Asleep > 0 {
+			parts = append(parts, part)
+			bytes += part.seen.Asleep
+		}
+	}
+	m.spawn(func() { m.runWake(d, parts, bytes) })
+}
+
+// standing is what a device's models could do for somebody who lacks room.
+type standing struct {
+	spare   []*part // of idle models: memory that holds nothing
+	idle    []*part // may sleep now
+	woken   []*part // may sleep when they were awake for a while
+	later   time.Duration
+	gone    []*part // sleepers that may be unloaded
+	parked  []*part // in use, and all of it waits for room
+	working []*part // in use, or on the way to it
+}
+
+// stand sorts the models by what they could do, those that are to go first at the front.
+func (p *pool) stand(now time.Duration) standing {
+	st := standing{later: math.MaxInt64}
+	for _, part := range p.parts {
+		c := part.cache
+		switch {
+		case !part.main || c.sleeping != 0 || c.unloading != 0 || c.trimming:
+		case c.wake != nil && c.wake.running:
+			st.working = append(st.working, part)
+		case c.wake != nil && c.asleep():
+			// its requests wait for their turn
+		case c.parked():
+			st.parked = append(st.parked, part)
+		case c.inUse():
+			st.working = append(st.working, part)
+		case c.waiting > 0 && !c.draining():
+			st.working = append(st.working, part) // let through in a moment
+		case c.mayUnload() && (c.asleep() || !part.seen.Controlled):
+			st.gone = append(st.gone, part)
+		case part.frees() == 0 || !part.seen.Controlled || c.hostShort:
+		case c.retry > now:
+			st.later = min(st.later, c.retry-now)
+		default:
+			if spare := part.spare(); spare > 0 && spare != part.tried {
+				st.spare = append(st.spare, part)
+			}
+			if c.lastWoke()+awakeAtLeast > now && c.lastWoke() > 0 {
+				st.woken = append(st.woken, part)
+				st.later = min(st.later, c.lastWoke()+awakeAtLeast-now)
+			} else {
+				st.idle = append(st.idle, part)
+			}
+		}
+	}
+	for _, list := range [][]*part{st.spare, st.idle, st.woken, st.gone, st.working} {
+		slices.SortStableFunc(list, func(a, b *part) int { return p.manager.policy.Compare(a.victim(), b.victim()) })
+	}
+	slices.SortStableFunc(st.parked, func(a, b *part) int { return int(min(max(a.cache.began-b.cache.began, -1), 1)) })
+	return st
+}
+
+// pending is what things under way will free.
+func (p *pool) pending() int64 {
+	var sum int64
+	for _, part := range p.parts {
+		c := part.cache
+		switch {
+		case c.unloading != 0:
+			sum += toRoom(part.seen.Charge)
+		case !part.main:
+		case c.sleeping != 0:
+			sum += toRoom(part.frees())
+		case c.trimming:
+			sum += toRoom(part.spare())
+		}
+	}
+	return sum
+}
+
+// help makes room for somebody who lacks it: others' spare memory first, then the sleep of idle models, then the end of
+// sleepers; and where all that are in use wait for each other, the sleep of the one that came last. Held: Manager.mu.
+func (p *pool) help(it item, v view) time.Duration {
+	m := p.manager
+	it.tell(p, v)
+	lacks := it.shortage - p.pending()
+	if lacks <= 0 {
+		it.moving()
+		return pollEvery
+	}
+	st := p.stand(v.now)
+	if len(st.spare) > 0 {
+		for _, part := range st.spare {
+			if lacks > 0 {
+				lacks -= toRoom(part.spare())
+				m.trim(part, it.shortage)
+			}
+		}
+		it.moving()
+		return pollEvery // its answer tells how much is still to be done
+	}
+
+	victims := st.idle
+	if len(st.working) == 0 {
+		victims = append(victims, st.woken...) // nobody else gets on, so this one must not have its time
+	}
+	for _, part := range victims {
+		if lacks > 0 {
+			lacks -= toRoom(part.frees())
+			m.sleep(part.cache, "room", it.shortage, v)
+		}
+	}
+	if lacks <= 0 {
+		it.moving()
+		return pollEvery
+	}
+	if len(victims) > 0 && len(st.working) == 0 {
+		return pollEvery // see what that gives first
+	}
+	if len(victims) == 0 && len(st.working) == 0 && st.later == math.MaxInt64 && p.turn(it, st, v) {
+		it.moving()
+		return pollEvery
+	}
+
+	// Sleepers go where that is enough, or nothing else is left.
+	var ends, soon int64
+	for _, part := range st.gone {
+		ends += toRoom(part.seen.Charge)
+	}
+	for _, part := range st.woken {
+		soon += toRoom(part.frees())
+	}
+	if ends > 0 && (lacks <= ends && lacks > soon || len(st.working) == 0 && st.later == math.MaxInt64) {
+		for _, part := range st.gone {
+			if lacks > 0 {
+				lacks -= toRoom(part.seen.Charge)
+				m.unload(part.cache, "its context is needed")
+			}
+		}
+		it.moving()
+		return pollEvery
+	}
+	if len(st.working) > 0 || st.later != math.MaxInt64 {
+		it.moving()
+		return min(st.later, p.drain(it, st, v, lacks))
+	}
+	return p.stuck(it, v)
+}
+
+// turn lets one of those that wait for each other go on: it puts the parked model to sleep that came last, unless it is the
+// first of all. It says whether something was done. Sleepers whose end is enough go before.
+func (p *pool) turn(it item, st standing, v view) bool {
+	if len(st.parked) == 0 || it.demand == nil && it.part == nil {
+		return false
+	}
+	var ends int64
+	for _, part := range st.gone {
+		ends += toRoom(part.seen.Charge)
+	}
+	if it.shortage <= ends {
+		return false
+	}
+	first := st.parked[0]
+	older := slices.ContainsFunc(p.queue, func(d *demand) bool { return d.since < first.cache.began })
+	loading := slices.ContainsFunc(st.parked, func(o *part) bool { return !o.cache.used })
+	for _, part := range slices.Backward(st.parked) {
+		c := part.cache
+		if !c.used || !part.seen.Controlled || c.retry > v.now || part.frees() == 0 {
+			continue
+		}
+		// The first stays awake, but where it waits with one that loads: that one cannot sleep.
+		if part == first && !older && !loading {
+			continue
+		}
+		p.manager.sleep(c, "turn", it.shortage, v)
+		return true
+	}
+	return false
+}
+
+// drain has models that are in use take no further requests ahead of a demand that has waited long enough.
+func (p *pool) drain(it item, st standing, v view, lacks int64) time.Duration {
+	if it.demand == nil {
+		return pollEvery
+	}
+	if waited := v.now - it.demand.since; waited < patience {
+		return patience - waited
+	}
+	for _, part := range st.working {
+		c := part.cache
+		if lacks <= 0 {
+			break
+		}
+		if !c.used || part.frees() == 0 || c.wake != nil && c.wake.running || c.lastWoke()+awakeAtLeast > v.now && c.lastWoke() > 0 {
+			continue
+		}
+		if !part.draining {
+			slog.Info("kvcached: new requests wait behind another model's", "model", c.name, "for", it.demand.cache.name,
+				"waited", v.now-it.demand.since)
+		}
+		part.draining = true
+		lacks -= toRoom(part.frees())
+	}
+	return pollEvery
+}
+
+// stopDraining lets requests of models that were held back through.
+func (p *pool) stopDraining() {
+	for _, part := range p.parts {
+		if part.draining {
+			part.draining = false
+			p.kick()
+		}
+	}
+}
+
+// stuck deals with somebody whom nothing can help that this server decides about: a model that can spill gets what there
+// is, others are refused.
+func (p *pool) stuck(it item, v view) time.Duration {
+	if it.shortage <= 0 || v.foreign || it.demand == nil && it.part == nil {
+		return pollEvery // others' memory, or their limit: it may change
+	}
+	since := it.stuckSince()
+	if *since == 0 {
+		*since = v.now
+	}
+	if left := settled - (v.now - *since); left > 0 {
+		return left
+	}
+	*since = 0
+	d := it.demand
+	switch {
+	case d == nil:
+		p.manager.refuse(it.part, v)
+	case d.wake:
+		err := p.refusal(d.cache.name, Need{Weights: uint64(it.need)}, v)
+		d.finish(&WakeError{Model: d.cache.name, Err: err})
+	case d.cache.whole || v.room <= 0:
+		d.finish(p.refusal(d.cache.name, d.cache.shareOf(p), v))
+	default:
+		slog.Info("kvcached: less than asked for", "model", d.cache.name, "device", p.device.ID, "need", FormatSize(d.need[p]),
+			"room", FormatSize(uint64(v.room)), "limit", sizeOrNone(v.limit))
+		d.need[p] = uint64(v.room)
+		p.kick()
+	}
+	return pollEvery
+}
+
+func (c *KVCache) shareOf(p *pool) Need {
+	for _, s := range c.shares {
+		if s.pool == p {
+			return s.need
+		}
+	}
+	return c.need
+}
+
+func (it item) stuckSince() *time.Duration {
+	if it.demand != nil {
+		return &it.demand.stuck
+	}
+	return &it.part.stuck
+}
+
+// moving says that somebody gets helped, or may be: he is not stuck.
+func (it item) moving() {
+	if it.demand != nil || it.part != nil {
+		*it.stuckSince() = 0
+	}
+}
+
+// tell logs once that somebody waits, with the numbers.
+func (it item) tell(p *pool, v view) {
+	var c *KVCache
+	what := "claim"
+	switch {
+	case it.demand != nil && !it.demand.told:
+		it.demand.told = true
+		c, what = it.demand.cache, "admission"
+		if it.demand.wake {
+			what = "wake"
+		}
+	case it.part != nil && it.part.told != it.part.seen.WantsSince:
+		it.part.told = it.part.seen.WantsSince
+		c = it.part.cache
+	default:
+		return
+	}
+	slog.Info("kvcached: waiting for room", "model", c.name, "for", what, "device", p.device.ID, "need", FormatSize(uint64(it.need)),
+		"short", FormatSize(uint64(max(it.shortage, 0))), "charged", FormatSize(v.charge), "limit", sizeOrNone(v.limit))
+}
