@@ -82,8 +82,6 @@ func readSection(path string, node *yaml.Node, settings *Settings) []Problem {
 		switch {
 		case index < 0:
 			problems = append(problems, Problem{where, unknown("key", key.Value, keys())})
-		case table[index].apply == nil:
-			problems = append(problems, Problem{where, "this setting is not acted on by this build; remove the line"})
 		case value.Kind != yaml.ScalarNode || isNull(value):
 			problems = append(problems, Problem{where, "needs a single value after the colon; give it one or remove the line"})
 		default:

@@ -6,22 +6,48 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 )
 
-// The settings that act. The others that are reserved are in the table below.
+// The variables of the settings.
 const (
-	EnabledVariable = "OLLAMA_KVCACHED_ENABLED"
-	MemoryVariable  = "OLLAMA_KVCACHED_MEMORY_GB"
+	EnabledVariable     = variablePrefix + "ENABLED"
+	MemoryVariable      = variablePrefix + "MEMORY_GB"
+	SocketVariable      = variablePrefix + "SOCKET"
+	PolicyVariable      = variablePrefix + "EVICTION_POLICY"
+	HostMemoryVariable  = variablePrefix + "HOST_MEMORY_GB"
+	IdleVariable        = variablePrefix + "IDLE_SECONDS"
+	SleepVariable       = variablePrefix + "SLEEP_SECONDS"
+	MaxCtxVariable      = variablePrefix + "MAX_CTX"
+	SystemGroupVariable = variablePrefix + "GROUP"
+
+	// HTTPVariable is llama-server's own: it is handed on, and not looked at here.
+	HTTPVariable = variablePrefix + "HTTP"
 
 	variablePrefix = "OLLAMA_KVCACHED_"
 	section        = "kvcached"
 )
 
-// Settings is what the user asked for.
+// DefaultSleep is how long a model sleeps before it is unloaded.
+const DefaultSleep = 1800 * time.Second
+
+// Settings is what the user asked for, with defaults for the rest.
 type Settings struct {
-	Enabled bool
-	Limit   uint64 // bytes that all models of one server may be charged together; NoLimit when not set
-	Source  string // where Limit was read: a variable, or a file with a line; "" when not set
+	Enabled   bool
+	Limit     uint64        // bytes that all models of one server may be charged together on a device; NoLimit: the default
+	Source    string        // where Limit was read: a variable, or a file with a line; "" when not set
+	Socket    string        // of the external service; "" for none
+	Policy    string        // who sleeps first
+	HostLimit uint64        // bytes of host memory for what sleeps; NoLimit where the machine's memory is not known
+	HostText  string        // HostLimit as a child reads it; "" for NoLimit
+	Idle      time.Duration // after which a model sleeps without pressure; 0: only under pressure
+	Sleep     time.Duration // after which a sleeper is unloaded
+	MaxCtx    int           // context that is reserved; 0: as much as a model is loaded with
+	Group     string        // system group that may read; "" for none
+}
+
+func defaults() Settings {
+	return Settings{Limit: NoLimit, Policy: PolicyLRU, HostLimit: NoLimit, Sleep: DefaultSleep}
 }
 
 // LimitText is the limit as shown in reports, "" for none.
@@ -32,8 +58,7 @@ func (s Settings) LimitText() string {
 	return FormatSize(s.Limit)
 }
 
-// setting ties a variable to its key in the configuration file. apply is nil for a setting that is reserved: it has a
-// meaning in later builds, so that giving it a value here must not pass unnoticed.
+// setting ties a variable to its key in the configuration file.
 type setting struct {
 	variable string
 	key      string
@@ -43,45 +68,13 @@ type setting struct {
 var table = []setting{
 	{EnabledVariable, "enabled", applyEnabled},
 	{MemoryVariable, "memory_limit", applyLimit},
-	{variablePrefix + "SOCKET", "socket", nil},
-	{variablePrefix + "EVICTION_POLICY", "eviction_policy", nil},
-	{variablePrefix + "HOST_MEMORY_GB", "host_memory_limit", nil},
-	{variablePrefix + "IDLE_SECONDS", "idle_seconds", nil},
-	{variablePrefix + "SLEEP_SECONDS", "sleep_seconds", nil},
-	{variablePrefix + "MAX_CTX", "max_ctx", nil},
-	{variablePrefix + "GROUP", "group", nil},
-}
-
-func applyEnabled(s *Settings, value, _ string, _ bool) error {
-	enabled, err := parseBool(value)
-	if err != nil {
-		return err
-	}
-	s.Enabled = enabled
-	return nil
-}
-
-func applyLimit(s *Settings, value, where string, fromFile bool) error {
-	bareUnit := "GB" // the variable's name says so
-	if fromFile {
-		bareUnit = ""
-	}
-	limit, err := ParseSize(value, bareUnit)
-	if err != nil {
-		return err
-	}
-	s.Limit, s.Source = limit, where
-	return nil
-}
-
-func parseBool(value string) (bool, error) {
-	switch strings.ToLower(value) {
-	case "1", "true", "yes", "on":
-		return true, nil
-	case "0", "false", "no", "off":
-		return false, nil
-	}
-	return false, fmt.Errorf("%q is neither true nor false: write 1, true, yes or on, or 0, false, no or off", value)
+	{SocketVariable, "socket", applySocket},
+	{PolicyVariable, "eviction_policy", applyPolicy},
+	{HostMemoryVariable, "host_memory_limit", applyHostLimit},
+	{IdleVariable, "idle_seconds", applyIdle},
+	{SleepVariable, "sleep_seconds", applySleep},
+	{MaxCtxVariable, "max_ctx", applyMaxCtx},
+	{SystemGroupVariable, "group", applyGroup},
 }
 
 // Problem is one setting that cannot be used.
@@ -119,13 +112,16 @@ func LoadSettings() (Settings, error) { return ReadSettings(os.Environ(), Config
 // ReadSettings is LoadSettings for a given environment (as os.Environ has it) and file ("" for none; one that does not
 // exist is the same as an empty one).
 func ReadSettings(environ []string, config string) (Settings, error) {
-	settings := Settings{Limit: NoLimit}
+	settings := defaults()
 
 	// The file first, so that the environment has the last word; its mistakes are reported all the same.
 	problems := readConfig(config, &settings)
 	problems = append(problems, readEnvironment(environ, &settings)...)
 	if len(problems) > 0 {
-		return Settings{Limit: NoLimit}, &SettingsError{Problems: problems}
+		return defaults(), &SettingsError{Problems: problems}
+	}
+	if settings.Enabled && settings.HostLimit == NoLimit {
+		settings.setHostLimit(defaultHostLimit(os.DirFS("/")))
 	}
 	return settings, nil
 }
@@ -141,12 +137,11 @@ func readEnvironment(environ []string, settings *Settings) []Problem {
 		value := strings.Trim(strings.TrimSpace(raw), `"'`)
 		i := slices.IndexFunc(table, func(s setting) bool { return s.variable == name })
 		switch {
+		case name == HTTPVariable:
 		case i < 0:
 			problems = append(problems, Problem{name, unknown("variable", name, variables())})
 		case value == "":
 			// as good as unset
-		case table[i].apply == nil:
-			problems = append(problems, Problem{name, "this setting is not acted on by this build; unset it"})
 		default:
 			if err := table[i].apply(settings, value, name, false); err != nil {
 				problems = append(problems, Problem{name, err.Error()})
@@ -185,13 +180,7 @@ func unknown(kind, name string, known []string) string {
 	if best != "" {
 		return fmt.Sprintf("unknown %s; did you mean %s?", kind, best)
 	}
-	var acting []string
-	for i, s := range table {
-		if s.apply != nil {
-			acting = append(acting, known[i])
-		}
-	}
-	return fmt.Sprintf("unknown %s; there are %s", kind, strings.Join(acting, " and "))
+	return fmt.Sprintf("unknown %s; there are %s and %s", kind, strings.Join(known[:len(known)-1], ", "), known[len(known)-1])
 }
 
 // editDistance is Levenshtein's: how many single characters to insert, delete or replace to turn a into b.

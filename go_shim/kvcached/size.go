@@ -50,7 +50,7 @@ func ParseSize(text, bareUnit string) (uint64, error) {
 	bytes := new(big.Int).Quo(number.Num(), number.Denom())
 	switch {
 	case bytes.Sign() == 0:
-		return 0, fmt.Errorf("%q is less than one byte: to use no limit, leave the setting out", text)
+		return 0, fmt.Errorf("%q is less than one byte: write more, or leave the setting out for its default", text)
 	case !bytes.IsInt64():
 		return 0, fmt.Errorf("%q is larger than any memory", text)
 	}
