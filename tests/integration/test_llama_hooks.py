@@ -103,8 +103,8 @@ def test_a_prompt_beyond_the_limit_is_refused_and_leaves_nothing(pair: Pair) -> 
 
 
 @pytest.mark.parametrize(("flash", "steps"), [("on", 3.5), ("off", 4.3)])
-def test_a_shift_without_room_is_refused_not_skipped(pair: Pair, flash: str, steps: float) -> None:
-    """K of four slots has to be mapped for it. Later answers are right: the pending shift does not outlive the slot."""
+def test_a_shift_needs_no_room_beyond_its_cells(pair: Pair, flash: str, steps: float) -> None:
+    """K of all four slots would be four steps more."""
     words = ("-c", "2048", "-fa", flash, "--context-shift", *SPLIT)
 
     def scenario(side: Side) -> Any:
@@ -115,9 +115,8 @@ def test_a_shift_without_room_is_refused_not_skipped(pair: Pair, flash: str, ste
     limit = pair.charged_at_start(words) + int(steps * STEP)
     expected, _ = pair.run(STOCK, words, scenario)
     value, log = pair.run(PATCHED, words, scenario, KVCACHED_LIMIT=str(limit))
-    assert value[2] == 503
-    assert [*value[:2], *value[3:]] == [*expected[:2], *expected[3:]]
-    assert "failed to prepare memory update" in log
+    assert value == expected
+    assert log.count("slot context shift") >= 1
 
 
 def test_an_erased_slot_gives_its_pages_back_beside_others(pair: Pair) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from kvpatch import smoke
 from kvpatch.smoke.server import ServerSpec, start_and_wait_end
+from tests.unit.test_error_words import WORDS
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(600)]
 
@@ -62,3 +63,15 @@ def test_a_setting_that_cannot_be_used_ends_the_start(
     status, text = start(patched.llama_server, models["llama"], env, tmp_path)
     assert status > 0, text
     assert said in text
+
+
+def test_a_compute_buffer_beyond_the_limit_is_no_exhausted_device(
+    patched: smoke.Install, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Weights find room, the compute buffer does not; ggml's own words would have Ollama unload every model."""
+    env = {"KVCACHED_LEDGER": str(tmp_path / "ledger"), "OLLAMA_KVCACHED_MEMORY_GB": "1MiB"}
+    status, text = start(patched.llama_server, models["llama"], env, tmp_path)
+    assert status > 0, text
+    assert "of compute on CPU" in text
+    assert "; raise OLLAMA_KVCACHED_MEMORY_GB" in text
+    assert not any(words in text.lower() for words in WORDS)
