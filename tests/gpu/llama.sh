@@ -135,6 +135,8 @@ stage_build() {
   if [ -z "$fake" ]; then
     "$python" "$here/llama_install.py" model 8b &
     model=$!
+    # shellcheck disable=SC2064
+    trap "kill $model 2>/dev/null" EXIT
   fi
   compilers_work && prepare_cmake || return 1
   # In one work tree, whose build folder they share: of the patched one only what the patches change is compiled.
