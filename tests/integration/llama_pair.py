@@ -25,6 +25,21 @@ KIB = 1024
 STEP = 256 * KIB
 
 
+def command(binary: Path, port: int, home: Path) -> tuple[str | Path, ...]:
+    """The words that all servers of these tests have in common."""
+    return (
+        *(binary, "--host", "127.0.0.1", "--port", str(port), "-t", "1", "-tb", "1", "--cache-ram", "0"),
+        *("--offline", "--no-webui", "--log-verbosity", "4", "--slot-save-path", f"{home}/"),
+        *(*on_cpu(binary), *without_memory_map(binary)),
+    )
+
+
+def completion(prompt: list[int], answer: int, **more: Any) -> dict[str, Any]:
+    """Body of a greedy /completion."""
+    wanted = {"n_predict": answer, "temperature": 0, "seed": 1, "cache_prompt": True, "return_tokens": True}
+    return {"prompt": prompt, **wanted, **more}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
     """A server that plays a scenario. `elastic`: it is the patched one."""
@@ -54,16 +69,7 @@ class Side:
 
     def ask(self, prompt: int, salt: int, answer: int, slot: int = 0) -> Any:
         """Tokens, log-probabilities and how much of the prompt was processed; or the status of a refusal."""
-        body = {
-            "prompt": prompt_ids(prompt, salt),
-            "n_predict": answer,
-            "temperature": 0,
-            "seed": 1,
-            "id_slot": slot,
-            "cache_prompt": True,
-            "return_tokens": True,
-            "n_probs": 2,
-        }
+        body = completion(prompt_ids(prompt, salt), answer, id_slot=slot, n_probs=2)
         response = self.server.request("POST", "/completion", json=body, timeout=300.0)
         if response.status_code != 200:
             return response.status_code
@@ -124,20 +130,8 @@ class Pair:
 
         def argv(port: int) -> Sequence[str | Path]:
             return (
-                *(binary, "--model", self.models[model], "--host", "127.0.0.1", "--port", str(port)),
-                *(
-                    "-t",
-                    "1",
-                    "-tb",
-                    "1",
-                    "--offline",
-                    "--no-webui",
-                    "--cache-ram",
-                    "0",
-                    "--log-verbosity",
-                    "4",
-                ),
-                *("--slot-save-path", f"{home}/", *on_cpu(binary), *without_memory_map(binary)),
+                *command(binary, port, home),
+                *("--model", self.models[model]),
                 *if_known(binary, "--no-cache-idle-slots"),
                 *words,
             )
@@ -154,13 +148,19 @@ class Pair:
             assert server.returncode() is None, server.logs()
         return value, server.log_text()
 
-    def equal(self, words: Sequence[str], scenario: Scenario, *, model: str = "llama", **env: str) -> str:
-        """Asserts that both give the same; the patched server's log."""
+    def both(
+        self, words: Sequence[str], scenario: Scenario, *, model: str = "llama", **env: str
+    ) -> tuple[Any, str]:
+        """Asserts that both give the same; the value, and the patched server's log."""
         expected, _ = self.run(STOCK, words, scenario, model=model)
         value, log = self.run(PATCHED, words, scenario, model=model, **env)
         assert value == expected
         assert "kvcached: region base" in log
-        return log
+        return value, log
+
+    def equal(self, words: Sequence[str], scenario: Scenario, *, model: str = "llama", **env: str) -> str:
+        """Asserts that both give the same; the patched server's log."""
+        return self.both(words, scenario, model=model, **env)[1]
 
     def charged_at_start(self, words: Sequence[str], *, model: str = "llama") -> int:
         """What a patched server counts towards the limit before its first request."""

@@ -113,8 +113,7 @@ def test_a_follow_up_after_sleep_processes_only_what_is_new(pair: Pair) -> None:
         return first, side.ask(1010, 1, 8)
 
     words = ("-c", str(CELLS), "-fa", "on", *ONE)
-    pair.equal(words, scenario)
-    (_, second), _ = pair.run(PATCHED, words, scenario)
+    (_, second), _ = pair.both(words, scenario)
     assert second[2] <= 10
 
 
