@@ -12,6 +12,7 @@ everything. Exit: 0 good, 1 not, 2 usage."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import secrets
 import sys
@@ -23,7 +24,7 @@ from kvpatch.errors import KvpatchError
 from kvpatch.process import ProcessFailure
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.report import CheckFailed
-from tests.soak import sides, verdict
+from tests.soak import verdict
 from tests.soak.run import Options, Report, soak
 
 
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, tail in getattr(error, "logs", {}).items():
             sys.stdout.write(f"last lines of {name}:\n{tail}\n")
         return 1
-    (folder / "soak.json").write_text(json.dumps(sides.as_json(report), indent=1) + "\n", encoding="utf-8")
+    (folder / "soak.json").write_text(
+        json.dumps(dataclasses.asdict(report), indent=1, default=str) + "\n", encoding="utf-8"
+    )
     for line in table(report):
         say(line)
     say(

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvpatch import runtime
+from kvpatch.smoke.holdings import library
 from kvpatch.smoke.install import Install
 from tests.soak import play, sides, verdict
 from tests.soak.profiles import profiles
-from tests.soak.schedule import Prompt, Round, Schedule
+from tests.soak.schedule import Prompt, Request, Round, Schedule
 from tests.soak.sides import Answered, Device, Held, Profile, Side
 from tests.soak.verdict import Evidence, Tally
 
@@ -97,7 +98,7 @@ class _Course:
         """What a server holds that has just begun, and the profile's share of what its largest request adds alone."""
         with self._start(self.options.patched, "probe") as side:
             before = side.empty().claim
-            side.ask(sides.request(self.schedule.largest))
+            side.ask(Request(prompt=self.schedule.largest))
             most = max(side.peak(), sum(slot.claim for slot in side.slots()))
         return before + round((most - before) * self.profile.room)
 
@@ -107,7 +108,7 @@ class _Course:
         for client in next_.clients:
             for request in client:
                 if request.prompt not in self.expected:
-                    asked = sides.request(request.prompt)
+                    asked = Request(prompt=request.prompt)
                     self.expected[request.prompt] = self.reference.ask(asked, slot=0, cached=False)
         control = self.rounds % _CONTROL_EVERY == 0
         self.rounds += 1
@@ -137,7 +138,7 @@ class _Course:
                 if time.monotonic() > deadline:
                     break
                 side.do("sleep")
-                answer = side.ask(sides.request(prompt), slot=0, cached=False)
+                answer = side.ask(Request(prompt=prompt), slot=0, cached=False)
                 asked += 1
                 wanted = self.expected[prompt]
                 if (answer.tokens, answer.logprobs) != (wanted.tokens, wanted.logprobs):
@@ -148,7 +149,7 @@ class _Course:
         """What was found; the servers have ended."""
         left = 0
         for path in self.folder.glob("*/ledger*"):
-            with runtime.Ledger(path, library=sides.library(self.options.patched)) as ledger:
+            with runtime.Ledger(path, library=library(self.options.patched.root)) as ledger:
                 left += len(ledger.slots())
         return Evidence(
             name=self.profile.name,

@@ -11,19 +11,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import requests
 
 from kvpatch import runtime
 from kvpatch.runtime import CallError, Command, Kind, Slot
+from kvpatch.smoke.holdings import library
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.llama import log_peak
 from kvpatch.smoke.models import prompt_ids
 from kvpatch.smoke.options import if_known, on_cpu, without_memory_map
 from kvpatch.smoke.report import CheckFailed
 from kvpatch.smoke.server import Server, ServerSpec, serve
-from tests.soak.schedule import Action, Prompt, Request
+from tests.soak.schedule import Action, Request
 
 Device = Literal["cpu", "cuda"]
 _TIMEOUT = 300.0
@@ -246,7 +247,7 @@ class Side:
         return list(self._ledger.parent.glob(f"{self._ledger.name}*"))
 
     def _open(self, path: Path) -> runtime.Ledger:
-        return runtime.Ledger(path, library=library(self._install))
+        return runtime.Ledger(path, library=library(self._install.root))
 
     def slots(self) -> tuple[Slot, ...]:
         """This side's slots in all its ledgers."""
@@ -293,18 +294,6 @@ class Side:
     def peak(self) -> int:
         """The most bytes that the log ever showed as mapped."""
         return log_peak(self.server.log_text())
-
-
-_libraries: dict[Path, runtime.Library] = {}
-_library_lock = threading.Lock()
-
-
-def library(install: Install) -> runtime.Library:
-    """The library of a build: its ledger may be of another version than another build's."""
-    with _library_lock:
-        if install.root not in _libraries:
-            _libraries[install.root] = runtime.load(install.root)
-        return _libraries[install.root]
 
 
 @contextlib.contextmanager
@@ -355,18 +344,3 @@ def start(
         yield Side(server, profile, library_of or install, ledger, elastic=elastic)
         if server.returncode() is not None:
             raise CheckFailed(f"{name} ended by itself", logs=server.logs())
-
-
-def request(prompt: Prompt) -> Request:
-    return Request(prompt=prompt)
-
-
-def as_json(value: object) -> Any:
-    """Data classes as plain values."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {key: as_json(getattr(value, key)) for key in value.__dataclass_fields__}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): as_json(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
