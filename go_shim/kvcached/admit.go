@@ -49,10 +49,11 @@ func (m *Manager) Admit(ctx context.Context, r Request) (*KVCache, error) {
 			return nil, d.err
 		case <-d.ready:
 		}
-		if err := c.take(d); err != nil {
+		taken, err := c.take(d)
+		if err != nil {
 			return nil, err
 		}
-		if d.over {
+		if taken {
 			slog.Info("kvcached: admitted", "model", c.name, "need", FormatSize(c.need.Total()), "lease", FormatSize(c.leased()),
 				"devices", len(c.shares), "waited", m.library.Monotonic()-since)
 			return c, nil
@@ -62,12 +63,12 @@ func (m *Manager) Admit(ctx context.Context, r Request) (*KVCache, error) {
 
 // take takes the leases that there was room for a moment ago, and ends the demand with it. Somebody else may have been
 // faster: then it stays in the queue.
-func (c *KVCache) take(d *demand) error {
+func (c *KVCache) take(d *demand) (taken bool, err error) {
 	m := c.manager
 	m.mu.Lock()
 	if d.over {
 		m.mu.Unlock()
-		return d.err
+		return false, d.err
 	}
 	size := uint64(0)
 	for i := range c.shares {
@@ -79,7 +80,7 @@ func (c *KVCache) take(d *demand) error {
 	}
 	m.mu.Unlock()
 
-	err := c.Allocate(int(size))
+	err = c.Allocate(int(size))
 
 	m.mu.Lock()
 	d.running = false
@@ -89,8 +90,9 @@ func (c *KVCache) take(d *demand) error {
 	case d.over && err == nil: // the manager was closed meanwhile
 		m.mu.Unlock()
 		c.Free()
-		return d.err
+		return false, d.err
 	case err == nil:
+		taken = true
 		d.finish(nil)
 	case errors.As(err, &full):
 		d.after = m.library.Monotonic() + 50*time.Millisecond
@@ -100,7 +102,7 @@ func (c *KVCache) take(d *demand) error {
 	}
 	m.mu.Unlock()
 	m.kick()
-	return err
+	return taken, err
 }
 
 // queue puts a model into the queues of its devices, or refuses it.

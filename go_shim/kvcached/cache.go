@@ -251,8 +251,8 @@ func (c *KVCache) Env() map[string]string {
 	env[GroupVariable] = m.group
 	env[SleepsVariable] = "1"
 	env[RoomWaitVariable] = strconv.FormatInt(m.roomWait.Milliseconds(), 10)
-	if text := m.tuning.hostText(); text != "" {
-		env[variablePrefix+"HOST_MEMORY_GB"] = text
+	if m.settings.HostText != "" {
+		env[HostMemoryVariable] = m.settings.HostText
 	}
 	return env
 }

@@ -113,6 +113,20 @@ func (m *Manager) poolOf(device Device) (*pool, error) {
 	return p, nil
 }
 
+// Budget is the limit in force on a device, NoLimit for none, and what this server's models are charged there.
+func (m *Manager) Budget(device Device) (limit, charged uint64, err error) {
+	p, err := m.poolOf(device)
+	if err != nil {
+		return 0, 0, err
+	}
+	v, err := p.look()
+	if err != nil {
+		return 0, 0, err
+	}
+	m.mu.Unlock()
+	return v.most, v.charge, nil
+}
+
 // deviceLimit is what models may have together on a GPU, and who says so.
 func (m *Manager) deviceLimit(device Device) (uint64, string) {
 	if m.settings.Limit != NoLimit || device.Total == 0 {

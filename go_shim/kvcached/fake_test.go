@@ -285,10 +285,19 @@ func (l *fakeLedger) grow(index int, bytes uint64) error {
 	}
 }
 
-func (l *fakeLedger) heard() []string {
+// breakWith has every call fail from now on; nil mends it.
+func (l *fakeLedger) breakWith(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return slices.Clone(l.commands)
+	l.fail = err
+	l.ring()
+}
+
+// add puts in a slot of somebody else.
+func (l *fakeLedger) add(s Slot) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.slots = append(l.slots, s)
 }
 
 func fakeManager(t *testing.T, limit uint64) (*Manager, *fakeLedger) {

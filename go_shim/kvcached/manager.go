@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -47,17 +46,8 @@ type Manager struct {
 
 // tuning is the part of the settings that decisions read.
 type tuning struct {
-	idle      time.Duration // sleep after so long without a request; 0: only under pressure
-	asleep    time.Duration // unload after so long asleep
-	hostLimit uint64        // of host memory that sleepers may take; NoLimit: none
-}
-
-// hostText is the host memory limit as a child reads it, "" for none.
-func (t tuning) hostText() string {
-	if t.hostLimit == NoLimit || t.hostLimit == 0 {
-		return ""
-	}
-	return strconv.FormatFloat(float64(t.hostLimit)/(1<<20), 'f', -1, 64) + "MiB"
+	idle   time.Duration // sleep after so long without a request; 0: only under pressure
+	asleep time.Duration // unload after so long asleep
 }
 
 var current atomic.Pointer[Manager]
@@ -91,7 +81,7 @@ func Start(settings Settings, directories []string) (*Manager, error) {
 
 // Open is Start with a library at hand, and the ledger's path ("" for the user's own).
 func Open(settings Settings, library Library, path string) (*Manager, error) {
-	policy, err := policyNamed(policyName(settings))
+	policy, err := policyNamed(settings.Policy)
 	if err != nil {
 		return nil, err
 	}
@@ -105,7 +95,7 @@ func Open(settings Settings, library Library, path string) (*Manager, error) {
 	}
 	m := &Manager{
 		settings: settings,
-		tuning:   tuningOf(settings),
+		tuning:   tuning{idle: settings.Idle, asleep: settings.Sleep},
 		library:  library,
 		group:    group,
 		named:    path,
@@ -245,8 +235,3 @@ func (m *Manager) BySlot(slot int) *KVCache {
 	}
 	return nil
 }
-
-// policyName and tuningOf read the settings that decisions depend on.
-func policyName(Settings) string { return "" }
-
-func tuningOf(Settings) tuning { return tuning{asleep: 30 * time.Minute, hostLimit: NoLimit} }

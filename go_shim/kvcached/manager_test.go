@@ -112,7 +112,7 @@ func TestAllocateOverTheLimit(t *testing.T) {
 	if err := small.Allocate(1_200_000_000); err != nil {
 		t.Fatal(err)
 	}
-	ledger.slots = append(ledger.slots, Slot{Index: 9, Group: "ollama-1", Name: "foreign", Charge: 1 << 40})
+	ledger.add(Slot{Index: 9, Group: "ollama-1", Name: "foreign", Charge: 1 << 40})
 	ledger.set(small.Slot(), func(s *Slot) { s.Charge = 1_500_000_000 }) // it has grown
 	err = manager.NewKVCache("/m/big", Need{Weights: 700_000_000}).Allocate(700_000_000)
 	if !errors.As(err, &refusal) || !refusal.FitsAlone() || refusal.Charged() != 1_500_000_000 {
@@ -166,7 +166,7 @@ func TestCheck(t *testing.T) {
 	}
 
 	unlimited, ledger := fakeManager(t, NoLimit)
-	ledger.fail = errors.New("must not be read")
+	ledger.breakWith(errors.New("must not be read"))
 	if err := unlimited.Check("b", Need{Weights: 1 << 62}); err != nil {
 		t.Errorf("no limit: %v", err)
 	}
@@ -179,7 +179,7 @@ func TestStats(t *testing.T) {
 	if err := cache.Allocate(120); err != nil {
 		t.Fatal(err)
 	}
-	ledger.slots = append(ledger.slots, Slot{Index: 5, Group: "ollama-1", Name: "foreign"})
+	ledger.add(Slot{Index: 5, Group: "ollama-1", Name: "foreign"})
 
 	stats, err := manager.Stats()
 	if want := (Stats{Model: "/m/a", Name: "a:latest", State: StateLeased, Lease: 120, Charge: 120, Limit: 1000}); err != nil || len(stats) != 1 || stats[0] != want {
@@ -192,10 +192,10 @@ func TestStats(t *testing.T) {
 	})
 	cache.Begin()
 	stats, err = manager.Stats()
-	if want := (Stats{"/m/a", "a:latest", StateAwake, 42, 50, 400, 30, 7, 8, 120, 150, 1000}); err != nil || len(stats) != 1 || stats[0] != want {
+	if want := (Stats{"/m/a", "a:latest", StateAwake, 42, 50, 400, 30, 7, 8, 0, false, 120, 150, 1000}); err != nil || len(stats) != 1 || stats[0] != want {
 		t.Errorf("%+v, %v; want %+v", stats, err, want)
 	}
-	ledger.fail = errors.New("torn")
+	ledger.breakWith(errors.New("torn"))
 	if _, err := manager.Stats(); err == nil {
 		t.Error("a ledger that cannot be read passes unnoticed")
 	}
@@ -204,7 +204,7 @@ func TestStats(t *testing.T) {
 func TestLedgerFailures(t *testing.T) {
 	full := &LibraryError{Code: -7, Name: "KVCACHED_E_FULL", Text: "the ledger has no free slot", Detail: "64 of 64"}
 	manager, ledger := fakeManager(t, NoLimit)
-	ledger.fail = full
+	ledger.breakWith(full)
 	err := manager.NewKVCache("m", Need{}).Allocate(1)
 	if !errors.Is(err, full) || !strings.Contains(err.Error(), "64 of 64") {
 		t.Errorf("%v", err)
@@ -225,7 +225,7 @@ func TestFreeSurvivesALostLedger(t *testing.T) {
 	if err := cache.Allocate(1); err != nil {
 		t.Fatal(err)
 	}
-	ledger.fail = errors.New("gone")
+	ledger.breakWith(errors.New("gone"))
 	cache.Free()
 	if cache.Slot() != -1 || manager.BySlot(0) != nil {
 		t.Error("the cache still believes in its lease")

@@ -25,7 +25,7 @@ type Policy interface {
 // lru takes the model first that was not used for the longest time.
 type lru struct{}
 
-func (lru) Name() string { return "lru" }
+func (lru) Name() string { return PolicyLRU }
 
 func (lru) Compare(a, b Victim) int {
 	switch {

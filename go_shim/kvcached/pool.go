@@ -19,7 +19,7 @@ const (
 	// requests ahead of it.
 	patience = 5 * time.Second
 	// deviceShort is how long a claim may be parked beside free room before it is taken that the device itself has none.
-	deviceShort = 250 * time.Millisecond
+	deviceShort = time.Second
 )
 
 // pool is the memory of one device: its ledger, its limit, and who waits for room in it. Two goroutines serve it: one

@@ -54,6 +54,8 @@ type Stats struct {
 	Weights  uint64 // that are there through the library
 	Context  uint64 // of its contexts on GPUs
 	Host     uint64 // host memory that holds what sleeps
+	VRAM     uint64 // of GPUs, mapped through the library; contexts are not in it
+	OnGPU    bool   // it has a share of a GPU
 	Lease    uint64
 	Charge   uint64 // what counts against the limit
 	Limit    uint64 // in force on its first device; NoLimit for none
@@ -79,8 +81,13 @@ func (m *Manager) Stats() ([]Stats, error) {
 				}
 				s.PID = part.seen.PID
 			}
+			onGPU := part.pool != m.host
+			s.OnGPU = s.OnGPU || onGPU
 			if !part.there {
 				continue
+			}
+			if onGPU {
+				s.VRAM += part.seen.Claim
 			}
 			s.Mapped += part.seen.KV
 			s.Reserved += part.reserved()

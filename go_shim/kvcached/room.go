@@ -37,11 +37,11 @@ func (p *pool) step() time.Duration {
 	next := p.timers(v)
 	short, again := p.serve(v)
 	next = min(next, again)
-	if len(short) == 0 {
+	if !slices.ContainsFunc(short, func(it item) bool { return it.demand != nil }) {
 		p.stopDraining()
-		if v.room < 0 {
-			short = []item{{shortage: -v.room}}
-		}
+	}
+	if len(short) == 0 && v.room < 0 {
+		short = []item{{shortage: -v.room}}
 	}
 	for _, it := range short {
 		next = min(next, p.help(it, v))
@@ -79,12 +79,12 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 	blocked, claimed := false, false
 	for _, it := range waiting {
 		if it.part != nil {
-			lacks := it.need - max(room, 0)
+			lacks := it.need - room
+			room -= it.need
 			if lacks <= 0 {
 				// The child tries again by itself. If it goes on waiting, the device has less than the limit.
 				if age := v.now - it.since; age < deviceShort {
 					next = min(next, deviceShort-age)
-					room -= it.need
 					continue
 				}
 				lacks = it.need
@@ -170,76 +170,6 @@ func (p *pool) grant(d *demand) {
 	m.spawn(func() { m.runWake(d, parts, bytes) })
 }
 
-// standing is what a device's models could do for somebody who lacks room.
-type standing struct {
-	spare   []*part // of idle models: memory that holds nothing
-	idle    []*part // may sleep now
-	woken   []*part // may sleep when they were awake for a while
-	later   time.Duration
-	gone    []*part // sleepers that may be unloaded
-	parked  []*part // in use, and all of it waits for room
-	working []*part // in use, or on the way to it
-}
-
-// stand sorts the models by what they could do, those that are to go first at the front.
-func (p *pool) stand(now time.Duration) standing {
-	st := standing{later: math.MaxInt64}
-	for _, part := range p.parts {
-		c := part.cache
-		switch {
-		case !part.main || c.sleeping != 0 || c.unloading != 0 || c.trimming:
-		case c.wake != nil && c.wake.running:
-			st.working = append(st.working, part)
-		case c.wake != nil && c.asleep():
-			// its requests wait for their turn
-		case c.parked():
-			st.parked = append(st.parked, part)
-		case c.inUse():
-			st.working = append(st.working, part)
-		case c.waiting > 0 && !c.draining():
-			st.working = append(st.working, part) // let through in a moment
-		case c.mayUnload() && (c.asleep() || !part.seen.Controlled):
-			st.gone = append(st.gone, part)
-		case part.frees() == 0 || !part.seen.Controlled || c.hostShort:
-		case c.retry > now:
-			st.later = min(st.later, c.retry-now)
-		default:
-			if spare := part.spare(); spare > 0 && spare != part.tried {
-				st.spare = append(st.spare, part)
-			}
-			if c.lastWoke()+awakeAtLeast > now && c.lastWoke() > 0 {
-				st.woken = append(st.woken, part)
-				st.later = min(st.later, c.lastWoke()+awakeAtLeast-now)
-			} else {
-				st.idle = append(st.idle, part)
-			}
-		}
-	}
-	for _, list := range [][]*part{st.spare, st.idle, st.woken, st.gone, st.working} {
-		slices.SortStableFunc(list, func(a, b *part) int { return p.manager.policy.Compare(a.victim(), b.victim()) })
-	}
-	slices.SortStableFunc(st.parked, func(a, b *part) int { return int(min(max(a.cache.began-b.cache.began, -1), 1)) })
-	return st
-}
-
-// pending is what things under way will free.
-func (p *pool) pending() int64 {
-	var sum int64
-	for _, part := range p.parts {
-		c := part.cache
-		switch {
-		case c.unloading != 0:
-			sum += toRoom(part.seen.Charge)
-		case !part.main:
-		case c.sleeping != 0:
-			sum += toRoom(part.frees())
-		case c.trimming:
-			sum += toRoom(part.spare())
-		}
-	}
-	return sum
-}
-
 // help makes room for somebody who lacks it: others' spare memory first, then the sleep of idle models, then the end of
 // sleepers; and where all that are in use wait for each other, the sleep of the one that came last. Held: Manager.mu.
 func (p *pool) help(it item, v view) time.Duration {
@@ -247,7 +177,7 @@ func (p *pool) help(it item, v view) time.Duration {
 	it.tell(p, v)
 	lacks := it.shortage - p.pending()
 	if lacks <= 0 {
-		it.moving()
+		it.moving(v.now)
 		return pollEvery
 	}
 	st := p.stand(v.now)
@@ -258,13 +188,13 @@ func (p *pool) help(it item, v view) time.Duration {
 				m.trim(part, it.shortage)
 			}
 		}
-		it.moving()
+		it.moving(v.now)
 		return pollEvery // its answer tells how much is still to be done
 	}
 
 	victims := st.idle
 	if len(st.working) == 0 {
-		victims = append(victims, st.woken...) // nobody else gets on, so this one must not have its time
+		victims = append(victims, st.woken...) // nobody else gets on, so these cannot be left their time
 	}
 	for _, part := range victims {
 		if lacks > 0 {
@@ -273,18 +203,11 @@ func (p *pool) help(it item, v view) time.Duration {
 		}
 	}
 	if lacks <= 0 {
-		it.moving()
-		return pollEvery
-	}
-	if len(victims) > 0 && len(st.working) == 0 {
-		return pollEvery // see what that gives first
-	}
-	if len(victims) == 0 && len(st.working) == 0 && st.later == math.MaxInt64 && p.turn(it, st, v) {
-		it.moving()
+		it.moving(v.now)
 		return pollEvery
 	}
 
-	// Sleepers go where that is enough, or nothing else is left.
+	// Sleepers go where their end is enough, or nothing else is left.
 	var ends, soon int64
 	for _, part := range st.gone {
 		ends += toRoom(part.seen.Charge)
@@ -292,34 +215,33 @@ func (p *pool) help(it item, v view) time.Duration {
 	for _, part := range st.woken {
 		soon += toRoom(part.frees())
 	}
-	if ends > 0 && (lacks <= ends && lacks > soon || len(st.working) == 0 && st.later == math.MaxInt64) {
+	moves := len(st.working) > 0 || p.pending() > 0 || st.later != math.MaxInt64
+	enough := ends > 0 && lacks <= ends && lacks > soon
+	if !moves && !enough && p.turn(it, st, v) {
+		it.moving(v.now)
+		return pollEvery
+	}
+	if enough || ends > 0 && !moves {
 		for _, part := range st.gone {
 			if lacks > 0 {
 				lacks -= toRoom(part.seen.Charge)
 				m.unload(part.cache, "its context is needed")
 			}
 		}
-		it.moving()
+		it.moving(v.now)
 		return pollEvery
 	}
-	if len(st.working) > 0 || st.later != math.MaxInt64 {
-		it.moving()
+	if moves {
+		it.moving(v.now)
 		return min(st.later, p.drain(it, st, v, lacks))
 	}
 	return p.stuck(it, v)
 }
 
 // turn lets one of those that wait for each other go on: it puts the parked model to sleep that came last, unless it is the
-// first of all. It says whether something was done. Sleepers whose end is enough go before.
+// first of all. It says whether something was done.
 func (p *pool) turn(it item, st standing, v view) bool {
 	if len(st.parked) == 0 || it.demand == nil && it.part == nil {
-		return false
-	}
-	var ends int64
-	for _, part := range st.gone {
-		ends += toRoom(part.seen.Charge)
-	}
-	if it.shortage <= ends {
 		return false
 	}
 	first := st.parked[0]
@@ -425,9 +347,13 @@ func (it item) stuckSince() *time.Duration {
 }
 
 // moving says that somebody gets helped, or may be: he is not stuck.
-func (it item) moving() {
-	if it.demand != nil || it.part != nil {
-		*it.stuckSince() = 0
+func (it item) moving(now time.Duration) {
+	if it.demand == nil && it.part == nil {
+		return
+	}
+	*it.stuckSince() = 0
+	if d := it.demand; d != nil && d.short {
+		d.short, d.after = false, now+time.Second // whether the device has room then shows by trying
 	}
 }
 

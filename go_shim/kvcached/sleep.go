@@ -67,6 +67,13 @@ func (c *KVCache) mayUnload() bool {
 		c.again <= c.manager.library.Monotonic()
 }
 
+// CanSleep says whether the model would go to sleep if it were told to: its child has opened its slot, and answers commands.
+func (c *KVCache) CanSleep() bool {
+	c.manager.mu.Lock()
+	defer c.manager.mu.Unlock()
+	return c.any(func(p *part) bool { return p.there && p.seen.Attached && p.seen.Controlled })
+}
+
 // lastWoke is when the model woke last, by whomever; 0 for never.
 func (c *KVCache) lastWoke() time.Duration {
 	last := c.woke
@@ -185,6 +192,9 @@ func (c *KVCache) sleepEnded(why string, need int64, v view, freed uint64, err e
 	switch {
 	case err == nil:
 		c.slept, c.timerUp = now, false
+		for _, part := range c.parts {
+			part.draining = false
+		}
 		slog.Info("kvcached: put to sleep", log...)
 		c.takeTurn()
 	case errors.Is(err, ErrHostLimit), errors.Is(err, ErrShort):

@@ -165,8 +165,11 @@ func (c *KVCache) Awake(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(c.parts) == 0 {
-		m.mu.Unlock()
+	if len(c.parts) == 0 || m.over {
+		defer m.mu.Unlock()
+		if m.over {
+			return errClosed
+		}
 		return &EndedError{Model: c.name}
 	}
 	d := c.wake
