@@ -114,12 +114,13 @@ compile() {
   local folder=$1 source=$2 flags=$3 start=$SECONDS cuda=()
   shift 3
   [ -z "$fake" ] && cuda=(--backend cuda --cuda-arch "${GPU_ARCH:-90}")
-  if [ ! -e "$build/$source/CMakeLists.txt" ]; then
-    mkdir -p "$build/$source"
-    tar -xf "$SOURCE/$source.tar.xz" -C "$build/$source" || return 1
+  local tree=$build/trees/$source
+  if [ ! -e "$tree/CMakeLists.txt" ]; then
+    mkdir -p "$tree"
+    tar -xf "$SOURCE/$source.tar.xz" -C "$tree" || return 1
   fi
   PATH="$build/cmake:$PATH" KVC_CMAKE_ADDED="$added $flags" "$python" -m kvpatch build --until compile \
-    --llama-cpp "$(cat "$SOURCE/$source.commit")" --llama-cpp-source "$build/$source" "${cuda[@]}" \
+    --llama-cpp "$(cat "$SOURCE/$source.commit")" --llama-cpp-source "$tree" "${cuda[@]}" \
     --jobs "$jobs" --out "$build/$folder" "$@" || { tail -n 40 "$KVPATCH_CACHE"/work/*/logs/compile.log; return 1; }
   if (unset LD_LIBRARY_PATH; ldd "$build/$folder"/bin/*.so "$build/$folder/bin/llama-server") 2>&1 | grep 'not found'; then
     echo "FAIL: libraries are missing"
