@@ -247,6 +247,16 @@ static int do_set_limit(scene *s) {
 }
 TEST(faults, set_limit) { drill(&(operation){.name = "set_limit", .run = do_set_limit, .silent = 1}); }
 
+/* At the limit a page's worth more outside needs one of the idle pages; set back where it was had. */
+static int do_set_fixed(scene *s) {
+  int err = kvcached_set_fixed(s->ctx, s->page);
+  return err ? err : kvcached_set_fixed(s->ctx, 0);
+}
+TEST(faults, set_fixed) {
+  drill(&(operation){
+      .name = "fixed", .set = at_the_limit, .run = do_set_fixed, .leaves = LESS_IDLE, .vague = 1});
+}
+
 static int do_trim_host(scene *s) { return kvcached_trim_host(s->ctx, 1, NULL); }
 TEST(faults, trim_host) {
   drill(&(operation){.name = "trim_host", .set = sleep_once, .run = do_trim_host, .leaves = LESS_HOST});
