@@ -21,26 +21,28 @@ type Shape struct {
 
 	Drafts      uint64   // tokens drafted at once; 0 for none
 	Draft       Metadata // the file of a drafting model; nil: the model's own layers for drafting
-	DraftLayers uint64   // how many such layers the model has
+	DraftVocab  uint64   // of that model
+	DraftLayers uint64   // how many layers for drafting the model has
 }
 
 // Need sums, over the tensors of all caches, whole pages: under the first cells of one sequence for the first step (attention
 // reads 256 cells at least; recurrent states are there from the start), under everything for what is reserved.
 func (s Shape) Need() Need {
-	caches, reason := s.caches()
+	model, caches, reason := s.caches()
 	need := Need{
 		Weights:   s.Weights,
 		Outside:   s.Outside,
 		FirstStep: caches.Mapped(s.Device, 1),
 		Reserved:  caches.Reserved(s.Device),
 		Context:   s.Own,
+		Compute:   s.compute(model, caches),
 		Inexact:   reason,
 	}
-	need.Compute = s.compute(caches)
 	if s.Drafts > 0 {
-		draft := s.drafting()
+		draft, compute := s.drafting()
 		need.FirstStep += draft.Mapped(s.Device, 1)
 		need.Reserved += draft.Reserved(s.Device)
+		need.Compute += compute
 		if need.Inexact == "" {
 			need.Inexact = "the caches of drafting are an upper estimate"
 		}
@@ -48,16 +50,16 @@ func (s Shape) Need() Need {
 	return need
 }
 
-// caches are exact, or estimated from above for the reason given.
-func (s Shape) caches() (*Caches, string) {
+// caches are exact, or estimated from above for the reason given; there is no model then.
+func (s Shape) caches() (*Model, *Caches, string) {
 	model, err := Derive(s.Metadata)
 	if err == nil {
 		var caches *Caches
 		if caches, err = model.Plan(s.Context); err == nil {
-			return caches, ""
+			return model, caches, ""
 		}
 	}
-	return upperCaches(s.Metadata, s.Context, allLayers), err.Error()
+	return nil, upperCaches(s.Metadata, s.Context, allLayers), err.Error()
 }
 
 const allLayers = math.MaxUint64
@@ -119,17 +121,16 @@ func upperCaches(metadata Metadata, c Context, layers uint64) *Caches {
 	return caches
 }
 
-// drafting is the cache of the second context that drafts: of a model of its own, or of the layers at the end of this one, each
-// as wide as the widest. llama-server gives it as many cells, of f16.
-func (s Shape) drafting() *Caches {
-	c := s.Context
-	c.TypeK, c.TypeV = "f16", "f16"
-	if s.Draft == nil {
-		return upperCaches(s.Metadata, c, s.DraftLayers)
+// drafting is the cache of the second context that drafts, and its compute buffers: of a model of its own, or of the layers at the
+// end of this one, each as wide as the widest. llama-server gives it as many cells, of f16.
+func (s Shape) drafting() (*Caches, uint64) {
+	draft := s
+	draft.Context.TypeK, draft.Context.TypeV = "f16", "f16"
+	if s.Draft != nil {
+		draft.Metadata, draft.Vocab = s.Draft, s.DraftVocab
+		model, caches, _ := draft.caches()
+		return caches, draft.compute(model, caches)
 	}
-	draft := Shape{Metadata: s.Draft, Context: c}
-	caches, _ := draft.caches()
-	return caches
+	model, caches, _ := draft.caches()
+	return upperCaches(s.Metadata, draft.Context, s.DraftLayers), draft.compute(model, caches)
 }
-
-func (s Shape) fields() *fields { return openKeys(s.Metadata) }

@@ -2,6 +2,7 @@ package llm
 
 import (
 	"encoding/json"
+	"log/slog"
 	"os"
 	"slices"
 	"strconv"
@@ -90,7 +91,7 @@ func kvcachedDrafts(shape *kvcached.Shape, l KVCachedLoad) {
 		if err != nil {
 			return // the load reports it
 		}
-		shape.Draft = kvcachedMetadata(f)
+		shape.Draft, shape.DraftVocab = kvcachedMetadata(f), kvcachedVocab(f)
 	case hasMTPDraft(l.GGML):
 		shape.DraftLayers = max(uint64(l.GGML.KV().Uint("nextn_predict_layers")), 1)
 	default:
@@ -180,11 +181,16 @@ func kvcachedOutside(opts api.Options, cpu kvcached.CPU, f *ggml.GGML, weights u
 	return outside
 }
 
-// kvcachedNeed is the need of a runner as it is about to be started.
+// kvcachedNeed is the need of a runner as it is about to be started. What is not exact in it is said in the log.
 func (s *llamaServerRunner) kvcachedNeed() kvcached.Need {
 	l := s.launch
-	return KVCachedNeed(KVCachedLoad{
+	need := KVCachedNeed(KVCachedLoad{
 		ModelPath: l.modelPath, GGML: s.ggml, Adapters: l.adapters, Projectors: l.projectors, Draft: l.config.DraftModelPath,
 		KVCacheType: l.kvCacheType, Options: l.opts, Parallel: l.numParallel, GPUs: l.gpus,
 	})
+	if need.Inexact != "" {
+		slog.Info("kvcached: the KV cache is estimated from above", "model", l.modelPath, "architecture", s.ggml.KV().Architecture(),
+			"why", need.Inexact, "first_kv_step", kvcached.FormatSize(need.FirstStep), "reserved", kvcached.FormatSize(need.Reserved))
+	}
+	return need
 }

@@ -141,7 +141,9 @@ def test_every_setting(ask: Ask, arch: str) -> None:
     assert compare(ask, [(model, s) for s in settings]) == 2 * 4 * pairs
 
 
-@pytest.mark.parametrize("write", [smoke.models.tiny_llama, smoke.models.tiny_swa, smoke.models.tiny_embedding])
+@pytest.mark.parametrize(
+    "write", [smoke.models.tiny_llama, smoke.models.tiny_swa, smoke.models.tiny_embedding]
+)
 def test_models_of_the_smoke_tests(ask: Ask, tmp_path: Path, write: Callable[[Path, int], Any]) -> None:
     path = write(tmp_path / "model.gguf", 1).path
     model = estimate.read(path)

@@ -117,6 +117,11 @@ func TestKVCachedNeedByKind(t *testing.T) {
 		t.Errorf("in host memory: %+v, the file has %d", host, size)
 	}
 
+	// 256 tokens wide, with a mask of 2048 cells for a batch of 512
+	if host.Compute < 2048*512*2 || host.Compute > 10<<20 {
+		t.Errorf("compute buffers: %+v", host)
+	}
+
 	load.GPUs = []ml.DeviceInfo{{DeviceID: ml.DeviceID{Library: "CUDA"}}}
 	gpu := KVCachedNeed(load)
 	if gpu.Weights != size || gpu.Outside != 0 || gpu.Context != kvcached.CUDAContext || gpu.Fixed() != kvcached.CUDAContext {
