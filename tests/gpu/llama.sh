@@ -105,8 +105,18 @@ END
 # What a build's environment lacks (kvpatch drops LD_LIBRARY_PATH and more) must not be what the compilers need.
 compilers_work() {
   echo 'int main() { return 0; }' >"$build/try.cpp"
+  mkdir -p "$build/cmake"
+  # The machine's own choice, which kvpatch does not look at: it takes cc and c++ as it finds them.
+  [ -z "${CC:-}" ] || printf '#!%s\nexec %s "$@"\n' "$BASH" "$CC" >"$build/cmake/cc"
+  [ -z "${CXX:-}" ] || printf '#!%s\nexec %s "$@"\n' "$BASH" "$CXX" >"$build/cmake/c++"
+  chmod +x "$build"/cmake/* 2>/dev/null
+  local cxx
+  cxx=$(PATH="$build/cmake:$PATH" "$python" -c \
+    'from kvpatch import toolchain as t; print(t.ensure(t.CC, None).path, t.ensure(t.CXX, None).path)') || return 1
+  echo "== compilers: $cxx"
   env -u LD_LIBRARY_PATH -u LIBRARY_PATH -u CPATH -u C_INCLUDE_PATH -u CPLUS_INCLUDE_PATH \
-    c++ "$build/try.cpp" -o "$build/try" && (unset LD_LIBRARY_PATH && "$build/try")
+    "${cxx##* }" "$build/try.cpp" -o "$build/try" && (unset LD_LIBRARY_PATH && "$build/try") ||
+    { echo "FAIL: ${cxx##* } does not compile"; return 1; }
 }
 
 # compile FOLDER SOURCE FLAGS WORDS...: `kvpatch build` of a carried tree into a folder of $build, without its smoke test.
