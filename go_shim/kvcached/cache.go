@@ -37,6 +37,7 @@ type part struct {
 
 	tried    uint64        // spare bytes that a trim was tried on
 	stuck    time.Duration // since when nothing is left that could help its claim
+	fits     time.Duration // since when its claim has room under the limit and waits all the same
 	told     time.Duration // WantsSince of the claim that was logged
 	refused  time.Duration // WantsSince of the claim that was told to fail
 	draining bool          // new requests wait: somebody at the head of the queue needs this model's memory

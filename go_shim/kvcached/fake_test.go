@@ -258,8 +258,8 @@ func (l *fakeLedger) grow(index int, bytes uint64) error {
 		if s == nil {
 			return ErrSlot
 		}
-		room := l.room(s.Group, s.Limit)
-		room += s.Charge - min(s.Charge, s.Fixed+s.Claim) // what is left of its lease
+		left := s.Charge - min(s.Charge, s.Fixed+s.Claim) // of its lease
+		room := l.room(s.Group, s.Limit) + left
 		if s.Asleep == 0 && bytes <= room {
 			s.Claim += bytes
 			s.Charge = charge(*s)
@@ -272,12 +272,11 @@ func (l *fakeLedger) grow(index int, bytes uint64) error {
 			l.ring()
 			return ErrLimit
 		}
+		s.Wants = s.Asleep + bytes - min(bytes, left)
 		if s.Parked == 0 {
 			s.Parked, s.WantsSince = 1, monotonic()
-			s.Wants = bytes - min(bytes, room)
 			l.ring()
 		}
-		s.Wants = max(bytes-min(bytes, room), 1)
 		rung := l.rung
 		l.mu.Unlock()
 		<-rung

@@ -208,6 +208,9 @@ func (p *pool) see(slots []Slot, own, all Limit) view {
 		s := bySlot[part.slot]
 		part.there = s != nil
 		if s != nil {
+			if s.WantsSince != part.seen.WantsSince {
+				part.fits, part.stuck = 0, 0
+			}
 			part.seen = *s
 		}
 	}

@@ -70,7 +70,11 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 	}
 	for _, part := range p.parts {
 		if d := part.cache.wake; part.claims() && (d == nil || d.running) {
-			waiting = append(waiting, item{since: part.seen.WantsSince, part: part, need: toRoom(part.seen.Wants)})
+			since := part.seen.WantsSince
+			if part.cache.inFlight() > 0 {
+				since = min(since, part.cache.began) // its request came before it lacked room
+			}
+			waiting = append(waiting, item{since: since, part: part, need: toRoom(part.seen.Wants)})
 		}
 	}
 	slices.SortStableFunc(waiting, func(a, b item) int { return int(min(max(a.since-b.since, -1), 1)) })
@@ -83,11 +87,16 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 			room -= it.need
 			if lacks <= 0 {
 				// The child tries again by itself. If it goes on waiting, the device has less than the limit.
-				if age := v.now - it.since; age < deviceShort {
+				if it.part.fits == 0 {
+					it.part.fits = v.now
+				}
+				if age := v.now - it.part.fits; age < deviceShort {
 					next = min(next, deviceShort-age)
 					continue
 				}
 				lacks = it.need
+			} else {
+				it.part.fits = 0
 			}
 			if !claimed {
 				it.shortage, claimed = lacks, true
@@ -137,7 +146,11 @@ func (d *demand) needOn(p *pool) int64 {
 		return toRoom(d.need[p])
 	}
 	if part := d.cache.on(p); part != nil && part.there {
-		return toRoom(max(part.seen.Asleep, part.seen.Wants)) // what its parked claim lacks has what sleeps in it
+		// What a parked claim lacks has what sleeps in it, once its child has looked again.
+		if part.seen.Wants < part.seen.Asleep {
+			return toRoom(part.seen.Asleep) + toRoom(part.seen.Wants)
+		}
+		return toRoom(part.seen.Wants)
 	}
 	return 0
 }
@@ -234,6 +247,9 @@ func (p *pool) help(it item, v view) time.Duration {
 	if moves {
 		it.moving(v.now)
 		return min(st.later, p.drain(it, st, v, lacks))
+	}
+	if it.demand != nil && len(st.parked) > 0 {
+		return pollEvery // whose claims are refused before
 	}
 	return p.stuck(it, v)
 }
