@@ -180,4 +180,5 @@ def is_refusal(error: Mapping[str, Any]) -> bool:
         (error["code"], error["type"]) == (503, "unavailable_error")
         and error["message"].startswith(ENDED)
         and "limit" in error["message"][len(ENDED) :]
+        and error["message"].count("; raise OLLAMA_KVCACHED_MEMORY_GB") == 1
     )

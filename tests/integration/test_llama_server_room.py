@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -216,3 +217,16 @@ def test_a_checkpoint_without_room_ends_no_server(start: Start, idle: bool) -> N
             assert other.headers["Retry-After"] == "5"
             assert is_refusal(other.json()["error"]), other.text
         assert len(ask(server, prompt_ids(100, 3), 8, slot)["tokens"]) == 8
+
+
+def test_a_refused_prompt_does_not_flood_the_log(start: Start) -> None:
+    """Upstream tries it in ever smaller pieces, each of which may find no room."""
+    words = ("-c", "12288", "-np", "1")
+    _, charge = measured(start, words, lambda server: ask(server, prompt_ids(200, 1), 8))
+    with start(PATCHED, *words, env=limited(charge + 2 * STEP)) as server:
+        refused = call(server, "POST", "/completion", body=completion(prompt_ids(3000, 5), 8))
+        assert is_refusal(refused.json()["error"]), refused.text
+        log = server.log_text()
+    assert log.count("retrying with smaller batch size") > 8
+    assert 1 <= log.count("kvcached: no room for") <= 3
+    assert len(re.findall(r"kvcached: slot \d ends", log)) == 1
