@@ -31,8 +31,9 @@ _FIRST_CAPACITY = 32
 class Slot:
     """A process's place in the ledger. Amounts are bytes; `limit` None is no limit.
 
-    `charge` counts against the limits: max(lease, fixed + claim). `kind_bytes` are in the order of Kind. Times are
-    nanoseconds of CLOCK_MONOTONIC, 0 for never. `pid` is for display: it may be of another pid namespace.
+    `charge` counts against the limits: max(lease, fixed + claim). `kind_*` are in the order of Kind. Times are
+    nanoseconds of CLOCK_MONOTONIC, 0 for never. `pid` is for display: it may be of another pid namespace. `wants` is
+    by how much the charge has to grow for calls of it to go on that wait for room, on `parked` threads.
     """
 
     slot: int
@@ -57,6 +58,12 @@ class Slot:
     inside: int
     queued: int
     controlled: bool
+    wants: int
+    wants_since_ns: int
+    context_bytes: int
+    kind_reserved: tuple[int, int, int]
+    kind_asleep: tuple[int, int, int]
+    parked: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,8 +185,25 @@ class Ledger(Closing):
         )
         return frozen(Limit, out, result=LimitResult, limit=limit_or_none)
 
+    def wait(self, seen: int = 0, *, timeout_ms: int = 1000) -> int:
+        """Wait until the ledger's bell has been rung since `seen`, or the time is up: how often it was rung by now.
+
+        It is rung when a slot begins or ceases to want memory, when a charge falls, when a slot comes or goes. A
+        process that is killed rings nothing, so look now and then. Raises CallError.
+        """
+        count = ctypes.c_uint32(number("seen", seen, UINT32_MAX))
+        self.library.call(
+            "wait for the ledger's bell",
+            "ledger_wait",
+            self._open(),
+            byref(count),
+            number("timeout_ms", timeout_ms, UINT32_MAX),
+        )
+        return count.value
+
     def command(self, slot: int, command: Command | int | str, *, wait_ms: int = 1000) -> int:
-        """Have the process in a slot trim, sleep or wake, and wait for its answer (0: only leave the command).
+        """Have the process in a slot trim, sleep or wake, or refuse room to its calls that wait for some, and wait for
+        its answer (0: only leave the command).
 
         Returns the bytes it gave back. Raises CallError: with the process's own error, or that it did not answer.
         """

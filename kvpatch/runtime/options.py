@@ -51,6 +51,7 @@ class Options:
     headroom: int | None = None
     room_wait_ms: int | None = None
     idle_trim_ms: int | None = None
+    group_wait_ms: int | None = None
     control: bool = True
     log: Callable[[LogLevel, str], None] | None = None
     event: Callable[[Event, Stats], None] | None = None
@@ -87,6 +88,9 @@ class Stats:
     last_inside_ns: int
     kind_asleep: tuple[int, int, int]
     fixed: int
+    context_bytes: int
+    wants: int
+    parks: int
 
 
 def fill(struct: OptionsStruct, options: Options) -> None:
@@ -96,7 +100,7 @@ def fill(struct: OptionsStruct, options: Options) -> None:
         value = getattr(options, name)
         if value is not None:
             setattr(struct, name, number(name, value, UINT64_MAX))
-    for name in ("room_wait_ms", "idle_trim_ms"):
+    for name in ("room_wait_ms", "idle_trim_ms", "group_wait_ms"):
         value = getattr(options, name)
         if value is not None:
             setattr(struct, name, number(name, value, UINT32_MAX))

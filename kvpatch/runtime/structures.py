@@ -79,6 +79,7 @@ class Command(IntEnum):
     TRIM = 1
     SLEEP = 2
     WAKE = 3
+    REFUSE = 4
 
 
 class Event(IntEnum):
@@ -126,6 +127,9 @@ class StatsStruct(ctypes.Structure):
         ("last_inside_ns", c_uint64),
         ("kind_asleep", c_uint64 * 3),
         ("fixed", c_uint64),
+        ("context_bytes", c_uint64),
+        ("wants", c_uint64),
+        ("parks", c_uint64),
     ]
 
 
@@ -159,6 +163,7 @@ class OptionsStruct(ctypes.Structure):
         ("event", EVENT_FUNCTION),
         ("event_user", c_void_p),
         ("idle_trim_ms", c_uint32),
+        ("group_wait_ms", c_uint32),
     ]
 
 
@@ -202,6 +207,12 @@ class SlotStruct(ctypes.Structure):
         ("inside", c_uint32),
         ("queued", c_uint32),
         ("controlled", c_int),
+        ("wants", c_uint64),
+        ("wants_since_ns", c_uint64),
+        ("context_bytes", c_uint64),
+        ("kind_reserved", c_uint64 * 3),
+        ("kind_asleep", c_uint64 * 3),
+        ("parked", c_uint32),
     ]
 
 
@@ -270,5 +281,6 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "ledger_set_limit": (c_int, [_LEDGER, c_char_p, c_uint64, c_uint32, POINTER(LimitStruct)]),
     "ledger_get_limit": (c_int, [_LEDGER, c_char_p, POINTER(LimitStruct)]),
     "ledger_command": (c_int, [_LEDGER, c_int, c_int, c_uint32, POINTER(c_uint64)]),
+    "ledger_wait": (c_int, [_LEDGER, POINTER(c_uint32), c_uint32]),
     "ledger_slots": (c_int, [_LEDGER, POINTER(SlotStruct), c_size_t, POINTER(c_size_t)]),
 }

@@ -89,6 +89,10 @@ void fake_card_give(int device, uint64_t bytes) {
   atomic_fetch_sub(&card_slots[card_mine].units[device], bytes / CARD_UNIT);
 }
 
+uint64_t fake_card_taken(int device) {
+  return (atomic_load(&card_slots[card_mine].units[device]) & UINT32_MAX) * CARD_UNIT;
+}
+
 void fake_card_info(int device, size_t *free_bytes, size_t *total) {
   uint64_t committed, announced;
   card_sum(device, &committed, &announced);

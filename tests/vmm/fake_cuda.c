@@ -71,6 +71,14 @@ unsigned long fake_cuda_calls(void) {
   return n;
 }
 
+uint64_t fake_cuda_taken(int device, int *retained) {
+  (void)pthread_mutex_lock(&mutex);
+  *retained = primary[device].retained > 0;
+  uint64_t bytes = fake_card_taken(device);
+  (void)pthread_mutex_unlock(&mutex);
+  return bytes;
+}
+
 int fake_is_device(cu_device device) { return device >= 0 && device < n_devices; }
 
 cu_result fake_lose(void) {

@@ -20,6 +20,8 @@ cu_result cuCtxDestroy_v2(cu_context context);
 cu_result cuCtxSetCurrent(cu_context context);
 /* Of the fake alone: calls since the process began. */
 unsigned long fake_cuda_calls(void);
+/* Bytes that this process has of a device; *retained: whether it has a primary context there. */
+uint64_t fake_cuda_taken(int device, int *retained);
 #pragma GCC visibility pop
 
 enum {
@@ -84,6 +86,7 @@ int fake_card_open(const char *path, uint64_t total);
 /* 1: the bytes are this process's now. */
 int fake_card_take(int device, uint64_t bytes);
 void fake_card_give(int device, uint64_t bytes);
+uint64_t fake_card_taken(int device);
 void fake_card_info(int device, size_t *free_bytes, size_t *total);
 
 #endif

@@ -255,6 +255,8 @@ static int memory(kvc_device *d, uint64_t *free_bytes, uint64_t *total_bytes) {
   return err ? err : of(d)->memory(d, free_bytes, total_bytes);
 }
 
+static int beside(kvc_device *d, uint64_t *bytes) { return of(d)->beside(d, bytes); }
+
 static int open_host(const kvc_device_options *options, kvc_device **out) {
   return open_device(&kvc_backend_host, options, out);
 }
@@ -263,15 +265,16 @@ static int open_cuda(const kvc_device_options *options, kvc_device **out) {
 }
 
 /* The two differ in how they open and in what they say of themselves. */
-#define TABLE(text, has_pools, zero_at_first, opener)                                                        \
+#define TABLE(text, has_pools, zero_at_first, opener, beside_fn)                                             \
   {                                                                                                          \
     .name = text, .pools = has_pools, .fresh_is_zero = zero_at_first, .open = opener, .close = close_device, \
     .reserve = reserve, .unreserve = unreserve, .create = create, .destroy = destroy, .map = map,            \
     .access = give_access, .unmap = unmap, .zero = zero, .read = read_from, .write = write_to,               \
-    .finish = finish, .quiesce = quiesce, .host_alloc = host_alloc, .host_free = host_free, .memory = memory \
+    .finish = finish, .quiesce = quiesce, .host_alloc = host_alloc, .host_free = host_free,                  \
+    .memory = memory, .beside = beside_fn                                                                    \
   }
-static const kvc_backend host_table = TABLE("host", 0, 1, open_host);
-static const kvc_backend cuda_table = TABLE("cuda", 1, 0, open_cuda);
+static const kvc_backend host_table = TABLE("host", 0, 1, open_host, NULL);
+static const kvc_backend cuda_table = TABLE("cuda", 1, 0, open_cuda, beside);
 
 const kvc_backend *kvc_test_backend(const kvc_backend *real) {
   const kvc_backend *table = real == &kvc_backend_host ? &host_table : &cuda_table;

@@ -4,8 +4,8 @@
  *
  *   vmm_tests --peer LEDGER GROUP LIMIT SLOT MORE      GROUP "-": none given
  *
- * MORE: words of host_limit=, room_wait_ms=, pool_limit=, pages= (of its KV region), slow= (milliseconds that
- * each call of the backend takes longer), and no_control.
+ * MORE: words of host_limit=, room_wait_ms=, group_wait_ms=, pool_limit=, pages= (of its KV region), slow=
+ * (milliseconds that each call of the backend takes longer), and no_control.
  *
  * Its first line is "open" or the error's name. Then one reply a command, "ok" or the error's name:
  *
@@ -20,6 +20,8 @@
  *   sleep, wake             all kinds
  *   asleep                  "asleep N": bytes
  *   charge                  "charge N": of the group
+ *   parks                   "parks N": calls that waited for room
+ *   rounds N SEED           see rounds_peer(); "ok"
  *   slot                    "slot N"
  *   churn                   maps and unmaps without end, until killed; no reply
  *   race PATH N             see race(); "won 1", "won 0" or "over"
@@ -28,6 +30,7 @@
  */
 #include "context.h"
 #include "fault.h"
+#include "rounds.h"
 #include "runner.h"
 #include "storm.h"
 #include "support.h"
@@ -121,9 +124,13 @@ static void unhold(void) {
 
 /* ---- commands ---- */
 
+/* Inside the gate: it may be told to sleep. */
 static const char *fill(size_t n, int byte) {
-  int err = kvcached_ensure(region, 0, n * page);
+  int err = kvcached_enter(ctx);
+  if (err) return name_of(err);
+  err = kvcached_ensure(region, 0, n * page);
   if (!err) put(region, 0, byte, n * page);
+  CHECK_OK(kvcached_leave(ctx));
   return name_of(err);
 }
 
@@ -196,6 +203,10 @@ static void obey(const char *line, uint64_t limit) {
     printf("asleep %" PRIu64 "\n", stats_of(ctx).asleep);
   } else if (strcmp(word, "charge") == 0) {
     printf("charge %" PRIu64 "\n", stats_of(ctx).group_charge);
+  } else if (strcmp(word, "parks") == 0) {
+    printf("parks %" PRIu64 "\n", stats_of(ctx).parks);
+  } else if (sscanf(line, "rounds %u %u", &count, &seed) == 2) {
+    rounds_peer(ctx, region, count, seed);
   } else if (strcmp(word, "slot") == 0) {
     printf("slot %d\n", ctx->slot);
   } else if (strcmp(word, "churn") == 0) {
@@ -218,6 +229,8 @@ static void read_more(kvcached_options_t *o, char *more) {
       o->host_limit = v;
     else if (sscanf(w, "room_wait_ms=%llu", &v) == 1)
       o->room_wait_ms = (uint32_t)v;
+    else if (sscanf(w, "group_wait_ms=%llu", &v) == 1)
+      o->group_wait_ms = (uint32_t)v;
     else if (sscanf(w, "pool_limit=%llu", &v) == 1)
       o->pool_limit = v;
     else if (sscanf(w, "slow=%llu", &v) == 1)

@@ -39,6 +39,21 @@ static void say_device(const kvc_device *d) {
          d->page_size, d->large_page, d->edits_anytime);
 }
 
+/* What is held beside: before and after memory was taken. */
+static void probe_beside(void) {
+  kvc_device *d = probe_open();
+  kvc_handle handle;
+  for (int i = 0; i < 2; i++) {
+    uint64_t bytes = 0;
+    int err = b->beside(d, &bytes);
+    printf("%s %llu%s\n", kvcached_err_name(err), (unsigned long long)bytes,
+           err ? kvcached_last_error() : "");
+    if (i == 0) CHECK_OK(b->create(d, d->page_size, &handle));
+  }
+  CHECK_OK(b->destroy(d, d->page_size, handle));
+  b->close(d);
+}
+
 /* An entry point of the driver, found apart from the library's own loading. */
 static void *entry(const char *name) {
   void *driver = dlopen(KVC_CUDA_LIBRARY, RTLD_NOW | RTLD_LOCAL);
@@ -307,6 +322,8 @@ __attribute__((constructor)) static void probe(void) {
     probe_streams();
   } else if (strcmp(what, "hold") == 0) {
     probe_hold();
+  } else if (strcmp(what, "beside") == 0) {
+    probe_beside();
   } else if (strcmp(what, "pinned") == 0) {
     probe_pinned();
   } else {

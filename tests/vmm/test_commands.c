@@ -82,7 +82,7 @@ TEST_HOST(commands, nobody_there) {
   CHECK_DETAIL("control thread");
   kvc_ledger_control(u.ledger, u.slot, 1);
   CHECK_IS(kvcached_ledger_command(l, u.slot, 0, 5000, NULL), KVCACHED_E_INVAL);
-  CHECK_IS(kvcached_ledger_command(l, u.slot, 4, 5000, NULL), KVCACHED_E_INVAL);
+  CHECK_IS(kvcached_ledger_command(l, u.slot, 5, 5000, NULL), KVCACHED_E_INVAL);
   kvc_ledger_control(u.ledger, u.slot, 0);
   CHECK_IS(kvcached_ledger_command(l, u.slot, KVCACHED_CMD_TRIM, 0, NULL), KVCACHED_E_SLOT);
   int leased;

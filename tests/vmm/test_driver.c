@@ -39,7 +39,7 @@ static pid_t start_probe(const char *what, const char *settings, const char *fol
   if (pid == 0) {
     for (char **e = environ; *e;) { /* settings of the tests around this one */
       char name[64];
-      if (sscanf(*e, "%63[A-Z_]", name) == 1 && strncmp(name, "FAKE_CUDA_", 10) == 0) {
+      if (sscanf(*e, "%63[A-Z_]", name) == 1 && strncmp(name, "FAKE_", 5) == 0) {
         unsetenv(name);
         e = environ;
       } else {
@@ -242,6 +242,24 @@ TEST_HOST(driver, pinned_memory) {
   CHECK_TEXT(answer, "OK pinned=0 slow=0\n");
   CHECK_EQ(ask("pinned", "FAKE_CUDA_SLOW_HOST_MS=60"), 0);
   CHECK_TEXT(answer, "OK pinned=1 slow=1\n");
+}
+
+/* NVML, with the fake one as well. */
+TEST_HOST(driver, what_is_held_beside) {
+  const char *twice = "KVCACHED_OK 314572800\nKVCACHED_OK 314572800\n";
+#define NVML "KVCACHED_TEST_NVML=libnvidia-ml.so.1 FAKE_NVML_BESIDE=314572800"
+  CHECK_EQ(ask("beside", NVML), 0);
+  CHECK_TEXT(answer, twice);
+  CHECK_EQ(ask("beside", NVML " FAKE_NVML_OTHERS=200"), 0); /* a list that does not fit at first */
+  CHECK_TEXT(answer, twice);
+  /* By the difference that making the context made, where the process is not told from others. */
+  CHECK_EQ(ask("beside", NVML " FAKE_NVML_NO_PID=1"), 0);
+  CHECK_TEXT(answer, twice);
+  CHECK_EQ(ask("beside", NVML " FAKE_NVML_NO_PID=1 FAKE_NVML_BESIDE=0"), 0);
+  answer_has("KVCACHED_E_UNSUPPORTED 0NVML does not know this process among 1");
+  CHECK_EQ(ask("beside", "KVCACHED_TEST_NVML=libno-such-library.so.1"), 0);
+  answer_has("KVCACHED_E_UNSUPPORTED 0no NVML: libno-such-library.so.1");
+#undef NVML
 }
 
 /* The fake itself: what is left behind is told, and its card is one for all processes. */

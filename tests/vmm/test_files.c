@@ -194,7 +194,7 @@ TEST_HOST(files, older_version) {
   struct flock slot = {
       .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = ((off_t)1 << 30) + 64 + 5, .l_len = 1};
   CHECK(fcntl(fd, F_OFD_SETLK, &slot) == 0);
-  check_refused(path, "version 1 that other processes use, this library has version 2");
+  check_refused(path, "version 1 that other processes use, this library has version 3");
   struct stat before, after;
   CHECK(stat(path, &before) == 0 && before.st_size == 36864);
 

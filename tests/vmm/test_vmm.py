@@ -79,6 +79,7 @@ class Build:
             "FAKE_CUDA_ASYNC": str(int(backend == "cuda-async")),
             "KVCACHED_BACKEND": "cuda",
             "LD_LIBRARY_PATH": str(self.folder / "fake"),
+            "KVCACHED_TEST_NVML": str(self.folder / "fake" / "libnvidia-ml.so.1"),
             "FAKE_CUDA_MEMORY": str(8 << 30),
             "FAKE_CUDA_GRANULARITY": str(64 << 10),
             "FAKE_CUDA_STRICT": "1",

@@ -228,6 +228,10 @@ typedef struct kvcached_options {
   /* Once nobody was inside the gate for so long, and nothing was mapped, released or made ready meanwhile,
      pooled, ready and idle memory is given back, by a thread of the library; 0 = never. */
   uint32_t idle_trim_ms;
+  /* -- since ABI 4 -- */
+  /* How long a claim that the group's limit or the device refuses waits for the lessor to make room (see
+     kvcached_enter); 0 = not at all. Only on a leased slot. */
+  uint32_t group_wait_ms;
 } kvcached_options_t;
 
 /* Defaults: host, default page sizes, no limits, no name, own group, default ledger, no slot. */
@@ -246,8 +250,8 @@ KVCACHED_API size_t kvcached_page_size(kvcached_ctx_t ctx);
    allocators. It is charged beside the pages from now on, in place of what was before: `fixed` of the
    options, or of the lease, which a child that has loaded knows better than whoever leased the slot. More of
    it needs room, which is made as kvcached_ensure makes it; where there is none the old figure holds, and the
-   memory is for the caller to do without. Less of it never fails. E_LIMIT; E_SYSTEM; E_INVAL ctx is NULL;
-   E_FORKED. */
+   memory is for the caller to do without. Less of it never fails. What NVML has measured (context_bytes) is
+   the least that is charged on a leased slot. E_LIMIT; E_SYSTEM; E_INVAL ctx is NULL; E_FORKED. */
 KVCACHED_API int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes);
 
 /* ---- the gate ---- */
@@ -259,6 +263,20 @@ KVCACHED_API int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes);
  * there, never meets a page in use that goes away; addresses stay, and captured CUDA graphs stay valid. Idle
  * pages, whose content was released, also go while threads are inside, once the device is idle: where this
  * context itself needs their room, or where its kvcached_set_limit could not have the gate in time.
+ */
+
+/*
+ * Parking: with group_wait_ms, on a leased slot, a call that needs memory (ensure, alloc, write, and waking
+ * in enter, wake, read ...) and is refused by a limit or by the device does not fail at once. It says in its
+ * slot what it lacks (`wants`), rings the ledger's bell for the lessor, and leaves the gate for as long as it
+ * waits, however often its thread has entered: so the lessor may have this very context trim or sleep
+ * meanwhile. It tries again when there is room, older ones of the group first, and is inside again as before
+ * with everything awake by then. It fails with E_LIMIT (E_NOMEM) after group_wait_ms, on KVCACHED_CMD_REFUSE,
+ * when the lessor is gone, when the context is shut down, and at once where what the context has and lacks is
+ * more than the limit alone. A call that fails inside the gate first has everything awake again, which may
+ * take that time once more; if that fails too, the last error says so, and regions sleep until the next
+ * enter. The gates of other contexts that the thread is inside are not left. The library's own threads never
+ * wait so, nor does a reload function.
  */
 
 /* Enters, shared with other threads, and wakes whatever sleeps. Waits for a sleep or trim under way. A thread
@@ -415,6 +433,10 @@ typedef struct kvcached_stats {
   /* -- since ABI 4 -- */
   uint64_t
       fixed; /* held outside the library and charged beside pages and pool; a context's, in any figures */
+  uint64_t context_bytes; /* what the process holds on a GPU beside this context's pages, as NVML measures it;
+                             part of `fixed` on a leased slot; 0: not known */
+  uint64_t wants;         /* bytes that parked calls lack; 0: none is parked */
+  uint64_t parks;         /* calls that were parked */
 } kvcached_stats_t;
 
 /* Totals of a context, or the figures of one region (limits, charges, pool, host_limit and page_size apart
@@ -510,7 +532,8 @@ KVCACHED_API int kvcached_ledger_get_limit(kvcached_ledger_t ledger, const char 
 enum kvcached_command {
   KVCACHED_CMD_TRIM = 1,  /* give idle and pooled memory back */
   KVCACHED_CMD_SLEEP = 2, /* sleep, all kinds */
-  KVCACHED_CMD_WAKE = 3   /* wake, all kinds */
+  KVCACHED_CMD_WAKE = 3,  /* wake, all kinds; does not wait for room */
+  KVCACHED_CMD_REFUSE = 4 /* calls that are parked fail now, with E_LIMIT */
 };
 
 /* Has the context in a slot do something, on its control thread, and waits up to wait_ms for its answer (0:
@@ -539,7 +562,22 @@ typedef struct kvcached_slot {
   uint64_t woke_ns;        /* of the last wake; 0: never */
   uint32_t inside, queued; /* threads inside the gate; requests waiting */
   int controlled;          /* 1: it answers commands */
+  /* -- since ABI 4 -- */
+  uint64_t wants; /* bytes by which the charge has to grow for its parked calls to go on, its sleeping
+                     content included, what it could give up itself not; 0: none is parked */
+  uint64_t wants_since_ns;                   /* CLOCK_MONOTONIC since when */
+  uint64_t context_bytes;                    /* as in the stats */
+  uint64_t kind_reserved[3], kind_asleep[3]; /* `reserved` and `asleep` by kvcached_kind */
+  uint32_t parked; /* threads that wait, outside the gate; not counted by `inside` */
 } kvcached_slot_t;
+
+/* Waits until the ledger's bell has been rung since *seen, or timeout_ms have passed: *seen is how often it
+   was rung by now, or unchanged. Begin with 0. It is rung when a slot begins or ceases to want memory, when a
+   charge falls (a sleep, a trim, the end of a region or of a slot), when a slot comes or goes, and when a
+   limit is set; while somebody wants, also when pages are released and when the last thread leaves a gate.
+   One ring may stand for several. A process that is killed rings nothing: look now and then. Any number of
+   threads and processes may wait. E_INVAL; E_FORKED. */
+KVCACHED_API int kvcached_ledger_wait(kvcached_ledger_t ledger, uint32_t *seen, uint32_t timeout_ms);
 
 /* Lists live slots: at most cap into out, their number into *n (may exceed cap; out may be NULL with cap 0).
    out[0].struct_size must be set and is the array's stride. E_INVAL; E_SYSTEM; E_FORKED. */

@@ -90,6 +90,10 @@ typedef struct kvc_backend {
 
   /* Free and total bytes, for all processes. */
   int (*memory)(kvc_device *device, uint64_t *free_bytes, uint64_t *total_bytes);
+
+  /* What this process holds of the device beside the handles made here, on whatever context; takes
+     milliseconds. NULL: there is no such thing. E_UNSUPPORTED: it cannot be known. E_BUSY: not just now. */
+  int (*beside)(kvc_device *device, uint64_t *bytes);
 } kvc_backend;
 
 extern const kvc_backend kvc_backend_host;

@@ -47,11 +47,18 @@ static void cuda_unreserve(kvc_device *device, kvc_space *space) {
 
 /* ---- memory ---- */
 
+static void count(const kvc_cuda_device *d, int64_t bytes) {
+  kvc_cuda_handles *h = kvc_cuda_handles_of(d);
+  atomic_fetch_add_explicit(&h->bytes, (uint64_t)bytes, memory_order_relaxed);
+  atomic_fetch_add_explicit(&h->changes, 1, memory_order_relaxed);
+}
+
 static int cuda_create(kvc_device *device, size_t size, kvc_handle *out) {
   kvc_cuda_device *d = cuda(device);
   cu_handle handle = 0;
   cu_result r = d->driver->mem_create(&handle, size, &d->prop, 0);
   if (r != CU_OK) return kvc_cuda_fail(d->driver, r, "%zu bytes of memory on %s", size, device->name);
+  count(d, (int64_t)size);
   *out = handle;
   return KVCACHED_OK;
 }
@@ -59,8 +66,9 @@ static int cuda_create(kvc_device *device, size_t size, kvc_handle *out) {
 static int cuda_destroy(kvc_device *device, size_t size, kvc_handle handle) {
   kvc_cuda_device *d = cuda(device);
   cu_result r = d->driver->mem_release(handle);
-  if (r == CU_OK) return KVCACHED_OK;
-  return kvc_cuda_fail(d->driver, r, "giving %zu bytes back to %s", size, device->name);
+  if (r != CU_OK) return kvc_cuda_fail(d->driver, r, "giving %zu bytes back to %s", size, device->name);
+  count(d, -(int64_t)size);
+  return KVCACHED_OK;
 }
 
 static int cuda_map(kvc_device *device, kvc_space *space, size_t off, size_t size, kvc_handle handle) {
@@ -181,6 +189,22 @@ static int cuda_memory(kvc_device *device, uint64_t *free_bytes, uint64_t *total
   return KVCACHED_OK;
 }
 
+static int cuda_beside(kvc_device *device, uint64_t *bytes) {
+  kvc_cuda_device *d = cuda(device);
+  kvc_cuda_handles *h = kvc_cuda_handles_of(d);
+  if (!d->nvml.nvml) return kvc_nvml_open(device->id, &d->nvml); /* again, for what it says */
+  uint64_t changes = atomic_load(&h->changes), ours = atomic_load(&h->bytes), used;
+  int err = kvc_nvml_used_here(&d->nvml, &used);
+  if (err) {
+    *bytes = d->made;
+    return d->made > 0 ? KVCACHED_OK : err;
+  }
+  if (atomic_load(&h->changes) != changes || used < ours)
+    return kvc_fail(KVCACHED_E_BUSY, "memory came or went on %s meanwhile", device->name);
+  *bytes = used - ours;
+  return KVCACHED_OK;
+}
+
 const kvc_backend kvc_backend_cuda = {
     .name = "cuda",
     .pools = 1,
@@ -202,4 +226,5 @@ const kvc_backend kvc_backend_cuda = {
     .host_alloc = cuda_host_alloc,
     .host_free = cuda_host_free,
     .memory = cuda_memory,
+    .beside = cuda_beside,
 };

@@ -52,7 +52,10 @@ int kvc_claim(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms, kvc_sh
 }
 
 void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes) {
-  if (bytes && ctx->ledger) kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_PAGES, bytes);
+  if (bytes && ctx->ledger) {
+    kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_PAGES, bytes);
+    ctx->fell = 1;
+  }
   ctx->claim -= bytes;
 }
 
@@ -74,6 +77,11 @@ int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms) {
 void kvc_unclaim_host(struct kvcached_ctx *ctx, uint64_t bytes) {
   if (bytes && ctx->ledger) kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_HOST, bytes);
   ctx->host_claim -= bytes;
+}
+
+void kvc_ring_fallen(struct kvcached_ctx *ctx) {
+  if (ctx->fell) kvc_ledger_bell_ring(ctx->ledger);
+  ctx->fell = 0;
 }
 
 /* ---- options ---- */
@@ -229,6 +237,7 @@ static int open_all(struct kvcached_ctx *ctx) {
                       o->fixed, o->limit);
     kvc_log(ctx, KVCACHED_LOG_INFO, "%s: pages of %zu and %zu bytes, no ledger", ctx->device->name,
             ctx->device->page_size, ctx->device->large_page);
+    kvc_measure(ctx);
     return KVCACHED_OK;
   }
   err = join_ledger(ctx, group);
@@ -237,6 +246,7 @@ static int open_all(struct kvcached_ctx *ctx) {
           ctx->device->name, ctx->device->page_size, ctx->device->large_page, group, ctx->slot,
           kvcached_ledger_path(ctx->ledger));
   log_strangers(ctx);
+  kvc_measure(ctx);
   return o->flags & KVCACHED_NO_CONTROL ? KVCACHED_OK : kvc_control_start(ctx);
 }
 
@@ -249,6 +259,7 @@ int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out) {
   if (err) return err;
   struct kvcached_ctx *ctx = calloc(1, sizeof(*ctx));
   if (!ctx) return kvc_fail(KVCACHED_E_NOMEM, "no memory for a context");
+  kvc_detail before = kvc_detail_keep(); /* what can be done without leaves one too */
   ctx->pid = kvc_pid();
   ctx->options = o;
   ctx->limit = o.limit;
@@ -278,7 +289,7 @@ int kvcached_open(const kvcached_options_t *options, kvcached_ctx_t *out) {
   }
   ctx->options.name = ctx->options.group = ctx->options.ledger_path = ctx->options.pci_bus_id = NULL;
   *out = ctx;
-  return KVCACHED_OK;
+  return kvc_detail_again(KVCACHED_OK, &before);
 }
 
 kvcached_ctx_t kvcached_init(int device_id) {
@@ -296,6 +307,7 @@ void kvcached_shutdown(kvcached_ctx_t ctx) {
   if (!ctx || kvc_check_ctx(ctx)) return;
   kvc_stop_threads(ctx);
   (void)pthread_mutex_lock(&ctx->mutex); /* lets a call under way on another thread end first */
+  while (ctx->parked > 0) (void)pthread_cond_wait(&ctx->busy_cond, &ctx->mutex);
   if (kvc_quiesce(ctx) && kvc_quiesce(ctx))
     kvc_log(ctx, KVCACHED_LOG_ERROR, "the device does not come to rest: %s", kvcached_last_error());
   for (struct kvcached_region *r = ctx->regions, *next; r; r = next) {

@@ -9,6 +9,7 @@
  *   pool.c      handles without an address            ahead.c     look-ahead
  *   access.c    read, write, clear; alloc and free    worker.c    the helper thread, idle time
  *   process.c   which process this is                 control.c   the thread that answers commands
+ *   park.c      waiting for the lessor to make room   measure.c   what the process holds beside the pages
  *
  * Locks, in the order they are taken: the gate (shared or alone), then ctx->mutex, then those of the ledger.
  * Whoever holds the mutex never waits for the gate. Driver calls are made with the mutex held, but those of
@@ -36,7 +37,7 @@
 #include <sys/types.h>
 
 typedef struct kvc_counters {
-  uint64_t ensures, releases, trims, limit_failures, sleeps, wakes, last_sleep_ns, last_wake_ns;
+  uint64_t ensures, releases, trims, limit_failures, sleeps, wakes, last_sleep_ns, last_wake_ns, parks;
 } kvc_counters;
 
 /* Pages asked for by prepare: [first, end) now, then the spans of `rest` from `at` on. first >= end: nothing,
@@ -46,6 +47,22 @@ typedef struct kvc_ahead {
   kvc_span *rest;
   size_t at, n;
 } kvc_ahead;
+
+/* A call that may have to wait for room, and what it needs to go on. Zero but for the first part: nothing was
+   waited for yet. */
+typedef struct kvc_parking {
+  struct kvcached_region *region; /* what is unmapped in these spans of it is missing */
+  kvc_spans spans;
+  uint64_t more;                /* bytes that are missing beside pages */
+  unsigned kinds;               /* regions that have to be awake ... */
+  struct kvcached_region *only; /* ... or this one alone */
+  struct kvc_parking *next;     /* of the context */
+  int64_t since_ns, until_ns, fitted_ns;
+  uint32_t refusals;
+  int wakes;  /* all that the call does: if it fails nobody counts on anything being awake */
+  int noted;  /* it was counted */
+  int device; /* the device was short, rather than a limit */
+} kvc_parking;
 
 struct kvcached_region {
   struct kvcached_ctx *ctx;
@@ -77,6 +94,7 @@ struct kvcached_ctx {
   kvcached_ledger_t ledger;   /* NULL = none */
   int slot;
   uint64_t fixed;                  /* bytes held outside the library, charged beside the pages */
+  uint64_t said, measured;         /* of them: by kvcached_set_fixed, by NVML (measure.c) */
   uint64_t claim;                  /* bytes claimed on the device */
   uint64_t host_claim;             /* bytes claimed of the host budget */
   struct kvcached_region *regions; /* newest first */
@@ -89,7 +107,12 @@ struct kvcached_ctx {
   pthread_t worker, control;
   int worker_runs, control_runs; /* the threads exist */
   _Atomic int stopping;
-  unsigned sleep_ahead; /* kinds that prepare_sleep asked for, still to be done by the helper */
+  kvc_parking *parkings;     /* calls that wait for room, or try after they did */
+  uint32_t parked;           /* threads that wait */
+  uint64_t wants;            /* bytes that they lack */
+  _Atomic uint32_t refusals; /* how often the lessor refused */
+  int fell;                  /* the claim has fallen since kvc_ring_fallen */
+  unsigned sleep_ahead;      /* kinds that prepare_sleep asked for, still to be done by the helper */
   struct kvcached_region *worker_region; /* the region the helper works on without the mutex, or NULL */
   unsigned worker_waiters; /* threads in kvc_wait_worker: the helper begins nothing while there are any */
   int64_t changed_ns;      /* when pages last changed, for idle_trim_ms */
@@ -119,6 +142,9 @@ void kvc_unclaim(struct kvcached_ctx *ctx, uint64_t bytes);
 int kvc_claim_host(struct kvcached_ctx *ctx, uint64_t bytes, uint32_t wait_ms);
 void kvc_unclaim_host(struct kvcached_ctx *ctx, uint64_t bytes);
 
+/* Rings the ledger's bell if the claim has fallen since the last time. */
+void kvc_ring_fallen(struct kvcached_ctx *ctx);
+
 /* Tells the ledger what has changed, and begins the idle time anew; the mutex is held. */
 void kvc_publish(struct kvcached_ctx *ctx);
 
@@ -134,6 +160,9 @@ void kvc_enter_event(void);
 void kvc_leave_event(void);
 /* Calls the event function with the context's figures; the mutex is held. The thread's error detail stays. */
 void kvc_event(struct kvcached_ctx *ctx, int event);
+
+/* Tells the ledger how many threads are inside, after one has gone in or out (gate.c). */
+void kvc_mark_inside(struct kvcached_ctx *ctx, uint32_t inside);
 
 /* ---- region.c ---- */
 
@@ -264,9 +293,36 @@ uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct
 /* Lets go of the mutex, has another process make room, takes the mutex again. 1: something may have changed,
    try again. 0: nobody is left to ask, or the time is up. The thread's error detail stays. */
 int kvc_make_room(struct kvcached_ctx *ctx, kvc_room *room);
+/* Bytes of kvc_spare_bytes that these spans use themselves: their idle and ready pages, and what the pool has
+   for them. */
+uint64_t kvc_own_use(const struct kvcached_region *region, kvc_spans spans);
+/* What the process holds on the device beside the context's pages, as it was measured; on a leased slot it is
+   charged, in place of what the lessor thought. The mutex is held. */
+void kvc_set_measured(struct kvcached_ctx *ctx, uint64_t bytes);
 /* Gives back pool, ready and idle memory until at most keep bytes remain; the mutex is held, the device idle.
  */
 int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed);
+
+/* ---- park.c: all with the mutex held ---- */
+
+/* After a claim that failed with err, nothing kept of it: waits for room where the call may, letting go of
+   the mutex and leaving the gate meanwhile. 1: there is some, try again. 0: fail, with the detail that is
+   set. */
+int kvc_park(struct kvcached_ctx *ctx, kvc_parking *parking, int err);
+/* To be called at the end of the call. err: what came of it; if it failed, what slept meanwhile is woken
+   first inside the gate. May let go of the mutex. Returns err. */
+int kvc_park_end(struct kvcached_ctx *ctx, kvc_parking *parking, int err);
+/* Tells the ledger what all calls that wait lack. */
+void kvc_publish_wants(struct kvcached_ctx *ctx);
+/* The calling thread is the library's own: it never waits so. */
+void kvc_never_park(void);
+
+/* ---- measure.c: the mutex is not held ---- */
+
+/* Measures what the process holds on the device beside the pages, where that can be known. */
+void kvc_measure(struct kvcached_ctx *ctx);
+/* The same, if it was known before, and the context was used since *last_ns and is idle. */
+void kvc_measure_again(struct kvcached_ctx *ctx, uint64_t *last_ns);
 
 /* ---- sleep.c: all with the mutex held ---- */
 
@@ -290,10 +346,14 @@ void kvc_count_asleep(struct kvcached_ctx *ctx);
    pages that were asleep are ENSURED, and writes go straight to the backend. Asked before taking the mutex.
  */
 int kvc_reloading(const struct kvcached_region *region);
+/* Whether it is inside any. */
+int kvc_in_reload(void);
 
 /* Wakes one region, or all of `kinds`. May let go of the mutex while waiting for room. */
 int kvc_wake_region(struct kvcached_region *region);
 int kvc_wake(struct kvcached_ctx *ctx, unsigned kinds);
+/* The same for a call that may wait, for what its parking says. */
+int kvc_wake_for(struct kvcached_ctx *ctx, kvc_parking *parking);
 /* Memory and content for a region's sleeping pages, all or none. *held: bytes claimed that no memory is under
    yet; what remains of it is the caller's to drop. E_NOMEM, E_DEVICE, E_RELOAD ... */
 int kvc_refill(struct kvcached_region *region, uint64_t *held);

@@ -47,16 +47,25 @@ static int carry_out(struct kvcached_ctx *ctx, int command, uint64_t *freed) {
       kvc_gate_unlock(&ctx->gate);
       return err;
     case KVCACHED_CMD_WAKE: err = kvcached_enter(ctx); return err ? err : kvcached_leave(ctx);
+    case KVCACHED_CMD_REFUSE:
+      atomic_fetch_add(&ctx->refusals, 1);
+      kvc_ledger_bell_ring(ctx->ledger);
+      return KVCACHED_OK;
     default: return kvc_fail(KVCACHED_E_INVAL, "command %d: there is none such", command);
   }
 }
 
 static void *control_body(void *arg) {
   struct kvcached_ctx *ctx = arg;
+  uint64_t measured_ns = 0;
+  kvc_never_park(); /* or there were nobody to answer its lessor */
   while (!atomic_load(&ctx->stopping)) {
     int command = 0;
     int got = kvc_ledger_next_command(ctx->ledger, ctx->slot, LOOK_MS, &command);
-    if (got <= 0) continue;
+    if (got <= 0) {
+      if (!atomic_load(&ctx->stopping)) kvc_measure_again(ctx, &measured_ns);
+      continue;
+    }
     uint64_t freed = 0;
     int result = carry_out(ctx, command, &freed);
     if (result)
@@ -78,6 +87,7 @@ int kvc_control_start(struct kvcached_ctx *ctx) {
 
 void kvc_stop_threads(struct kvcached_ctx *ctx) {
   atomic_store(&ctx->stopping, 1);
+  if (ctx->ledger) kvc_ledger_bell_ring(ctx->ledger); /* calls that wait for room end */
   if (ctx->control_runs) {
     kvc_ledger_ring(ctx->ledger, ctx->slot);
     (void)pthread_join(ctx->control, NULL); /* a command being carried out is answered first */

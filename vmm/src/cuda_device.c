@@ -9,6 +9,7 @@
 #define DEFAULT_PAGE (2 * MIB)
 #define DEFAULT_LARGE_PAGE (64 * MIB)
 #define LARGE_PAGE_MAX (256 * MIB)
+#define CONTEXT_MAX (4096 * MIB) /* more than any context takes */
 
 int kvc_cuda_enter(kvc_cuda_device *d, int *pushed) {
   cu_context current = NULL;
@@ -131,6 +132,11 @@ static int choose_pages(kvc_cuda_device *d, const kvc_device_options *options) {
   return KVCACHED_OK;
 }
 
+kvc_cuda_handles *kvc_cuda_handles_of(const kvc_cuda_device *d) {
+  static kvc_cuda_handles handles[64]; /* more devices than any machine has; their numbers are small */
+  return &handles[(unsigned)d->number % 64];
+}
+
 /* The context, and streams that wait for nobody's work but their own. */
 static int start(kvc_cuda_device *d) {
   cu_result r = d->driver->primary_retain(&d->context, d->number);
@@ -151,6 +157,19 @@ static int start(kvc_cuda_device *d) {
   return err;
 }
 
+/* The same, with a look at the device's memory before and after. Others' comes and goes in between, so what
+   is seen there is used only where NVML cannot tell this process from others. */
+static int start_and_look(kvc_cuda_device *d) {
+  uint64_t before, after;
+  int seen =
+      kvc_nvml_open(d->base.id, &d->nvml) == KVCACHED_OK && kvc_nvml_used(&d->nvml, &before) == KVCACHED_OK;
+  int err = start(d);
+  if (!err && seen && kvc_nvml_used(&d->nvml, &after) == KVCACHED_OK && after > before &&
+      after - before <= CONTEXT_MAX)
+    d->made = after - before;
+  return err;
+}
+
 int kvc_cuda_open(const kvc_device_options *options, kvc_device **out) {
   *out = NULL;
   kvc_cuda_device *d = calloc(1, sizeof(*d));
@@ -159,7 +178,7 @@ int kvc_cuda_open(const kvc_device_options *options, kvc_device **out) {
   if (!err) err = find(d, options);
   if (!err) err = describe(d);
   if (!err) err = choose_pages(d, options);
-  if (!err) err = start(d);
+  if (!err) err = start_and_look(d);
   if (err) {
     kvc_cuda_close(&d->base);
     return err;

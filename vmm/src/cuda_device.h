@@ -4,6 +4,9 @@
 
 #include "backend.h"
 #include "cuda_driver.h"
+#include "cuda_nvml.h"
+
+#include <stdatomic.h>
 
 typedef struct kvc_cuda_device {
   kvc_device base; /* first: the table hands these about */
@@ -13,7 +16,15 @@ typedef struct kvc_cuda_device {
   cu_stream lane[KVC_LANES];
   cu_allocation_prop prop; /* of the memory made here */
   cu_access_desc access;
+  kvc_nvml_device nvml;
+  uint64_t made; /* bytes that the device had less after its context was made: that context, or nothing */
 } kvc_cuda_device;
+
+/* Bytes of the handles that this process has of a device, whatever opened it, and how often that changed. */
+typedef struct kvc_cuda_handles {
+  _Atomic uint64_t bytes, changes;
+} kvc_cuda_handles;
+kvc_cuda_handles *kvc_cuda_handles_of(const kvc_cuda_device *d);
 
 int kvc_cuda_open(const kvc_device_options *options, kvc_device **out);
 void kvc_cuda_close(kvc_device *device);

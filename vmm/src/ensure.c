@@ -13,6 +13,7 @@ typedef struct ensuring {
   kvc_spans spans;
   uint8_t *before; /* of the first span, which is the only one then; or NULL */
   kvc_room room;
+  kvc_parking parking;
   int quiet; /* the device has been idle since the mutex was taken */
 } ensuring;
 
@@ -33,12 +34,11 @@ static uint32_t wait_left(ensuring *e) {
 
 /* ---- room in the own context ---- */
 
-static uint64_t span_bytes(const ensuring *e, uint8_t state) {
-  const struct kvcached_region *r = e->r;
+static uint64_t span_bytes(const struct kvcached_region *r, kvc_spans spans, uint8_t state) {
   uint64_t bytes = 0;
-  for (size_t k = 0; k < e->spans.n; k++) {
-    size_t end = e->spans.at[k].end;
-    for (size_t i = kvc_pages_find(&r->pages, e->spans.at[k].first, end, state), n; i < end;
+  for (size_t k = 0; k < spans.n; k++) {
+    size_t end = spans.at[k].end;
+    for (size_t i = kvc_pages_find(&r->pages, spans.at[k].first, end, state), n; i < end;
          i = kvc_pages_find(&r->pages, i + n, end, state)) {
       n = kvc_pages_run(&r->pages, i, end);
       bytes += kvc_bytes(r, i, n);
@@ -47,13 +47,15 @@ static uint64_t span_bytes(const ensuring *e, uint8_t state) {
   return bytes;
 }
 
+uint64_t kvc_own_use(const struct kvcached_region *r, kvc_spans spans) {
+  uint64_t wanted = span_bytes(r, spans, KVC_IDLE) + span_bytes(r, spans, KVC_READY);
+  return wanted + span_bytes(r, spans, KVC_UNMAPPED) - kvc_missing(r, spans, KVC_UNMAPPED);
+}
+
 /* Memory that could be given up: idle and ready pages but those of the spans, and what of the pool these have
    no use for. */
 static uint64_t spare_bytes(const ensuring *e) {
-  const struct kvcached_region *r = e->r;
-  uint64_t wanted = span_bytes(e, KVC_IDLE) + span_bytes(e, KVC_READY);
-  uint64_t use = span_bytes(e, KVC_UNMAPPED) - kvc_missing(r, e->spans, KVC_UNMAPPED);
-  return kvc_spare_bytes(r->ctx) - wanted - use;
+  return kvc_spare_bytes(e->r->ctx) - kvc_own_use(e->r, e->spans);
 }
 
 /* Moves idle pages from elsewhere into the pool, out of which the range then takes them: nothing is destroyed
@@ -232,12 +234,18 @@ static int any_busy(const ensuring *e) {
   return 0;
 }
 
-static int ensure(ensuring *e) {
+/* Whether something has to be woken first. Inside the gate everything is awake but after a wait for room. */
+static int must_wake(const ensuring *e) {
+  const struct kvcached_ctx *ctx = e->r->ctx;
+  return kvc_sleeps(e->r) || (e->parking.kinds && atomic_load(&ctx->asleep) > 0);
+}
+
+static int ensure_all(ensuring *e) {
   struct kvcached_region *r = e->r;
   struct kvcached_ctx *ctx = r->ctx;
   for (;;) {
-    if (kvc_sleeps(r)) {
-      int err = kvc_wake_region(r);
+    if (must_wake(e)) {
+      int err = kvc_wake_for(ctx, &e->parking);
       if (err) return err;
       e->quiet = 0;
       continue;
@@ -256,8 +264,16 @@ static int ensure(ensuring *e) {
     if ((err == KVCACHED_E_LIMIT || err == KVCACHED_E_NOMEM) && find_room(e, err, &shortage)) continue;
     bound_pool(ctx);
     kvc_publish(ctx);
-    return err;
+    if (!err || !kvc_park(ctx, &e->parking, err)) return err;
+    e->room = (kvc_room){0};
+    e->quiet = 0;
   }
+}
+
+static int ensure(ensuring *e) {
+  e->parking = (kvc_parking){.region = e->r, .spans = e->spans, .only = e->r};
+  int err = ensure_all(e);
+  return kvc_park_end(e->r->ctx, &e->parking, err);
 }
 
 int kvc_ensure_spans(struct kvcached_region *r, kvc_spans spans) {

@@ -30,12 +30,16 @@ void kvc_publish(struct kvcached_ctx *ctx) {
   kvc_figures f = {0};
   for (const struct kvcached_region *r = ctx->regions; r; r = r->next) {
     f.reserved += r->space.size;
+    f.kind_reserved[r->kind] += r->space.size;
     f.kind_bytes[r->kind] += kvc_mapped_bytes(r);
+    f.kind_asleep[r->kind] += asleep_bytes(r);
     f.idle += kvc_state_bytes(r, KVC_IDLE) + kvc_state_bytes(r, KVC_READY);
     f.asleep += asleep_bytes(r);
   }
   f.pooled = kvc_pool_bytes(ctx);
   kvc_ledger_publish(ctx->ledger, ctx->slot, &f);
+  if (ctx->parkings) kvc_publish_wants(ctx); /* a sleep ends the lease */
+  kvc_ring_fallen(ctx);
 }
 
 /* ---- stats ---- */
@@ -63,6 +67,7 @@ static void add_counters(const kvc_counters *c, kvcached_stats_t *s) {
   s->wakes = c->wakes;
   s->last_sleep_ns = c->last_sleep_ns;
   s->last_wake_ns = c->last_wake_ns;
+  s->parks = c->parks;
 }
 
 static int account(struct kvcached_ctx *ctx, kvc_account *a) {
@@ -84,6 +89,8 @@ static void finish(struct kvcached_ctx *ctx, kvcached_stats_t *s, const kvc_acco
   s->host_limit = ctx->options.host_limit;
   s->device_calls = atomic_load_explicit(&ctx->device_calls, memory_order_relaxed);
   s->last_inside_ns = atomic_load_explicit(&ctx->last_inside_ns, memory_order_relaxed);
+  s->context_bytes = ctx->measured;
+  s->wants = ctx->wants;
 }
 
 static int finish_into(struct kvcached_ctx *ctx, kvcached_stats_t *s, kvcached_stats_t *out) {

@@ -89,6 +89,23 @@ static int try_enter(kvc_gate *gate, uint32_t *inside) {
   return 0;
 }
 
+static void come_in(kvc_gate *gate, uint32_t *inside) {
+  if (try_enter(gate, inside)) return;
+  (void)pthread_mutex_lock(&gate->mutex);
+  while (!try_enter(gate, inside)) (void)pthread_cond_wait(&gate->cond, &gate->mutex);
+  (void)pthread_mutex_unlock(&gate->mutex);
+}
+
+static void go_out(kvc_gate *gate, uint32_t *inside) {
+  uint32_t state = atomic_fetch_sub(&gate->state, 1) - 1;
+  *inside = state & ~ALONE;
+  if (state != ALONE) return;
+  /* The last one out, and somebody waits to be alone. */
+  (void)pthread_mutex_lock(&gate->mutex);
+  (void)pthread_cond_broadcast(&gate->cond);
+  (void)pthread_mutex_unlock(&gate->mutex);
+}
+
 int kvc_gate_enter(kvc_gate *gate, int *first, uint32_t *inside) {
   visit *v = find_visit(gate->id);
   *first = v == NULL;
@@ -102,10 +119,7 @@ int kvc_gate_enter(kvc_gate *gate, int *first, uint32_t *inside) {
     return kvc_fail(KVCACHED_E_INVAL, "this thread is inside the gates of %d contexts: leave one first",
                     THREAD_GATES);
   v->depth = 1;
-  if (try_enter(gate, inside)) return KVCACHED_OK;
-  (void)pthread_mutex_lock(&gate->mutex);
-  while (!try_enter(gate, inside)) (void)pthread_cond_wait(&gate->cond, &gate->mutex);
-  (void)pthread_mutex_unlock(&gate->mutex);
+  come_in(gate, inside);
   return KVCACHED_OK;
 }
 
@@ -118,15 +132,23 @@ int kvc_gate_leave(kvc_gate *gate, int *last, uint32_t *inside) {
     return KVCACHED_OK;
   }
   drop_visit(v);
-  uint32_t state = atomic_fetch_sub(&gate->state, 1) - 1;
-  *inside = state & ~ALONE;
-  if (state == ALONE) {
-    /* The last one out, and somebody waits to be alone. */
-    (void)pthread_mutex_lock(&gate->mutex);
-    (void)pthread_cond_broadcast(&gate->cond);
-    (void)pthread_mutex_unlock(&gate->mutex);
-  }
+  go_out(gate, inside);
   return KVCACHED_OK;
+}
+
+void kvc_gate_step_out(kvc_gate *gate, uint64_t *depth, uint32_t *inside) {
+  visit *v = find_visit(gate->id);
+  *depth = v ? v->depth : 0;
+  if (!v) return;
+  drop_visit(v);
+  go_out(gate, inside);
+}
+
+void kvc_gate_step_in(kvc_gate *gate, uint64_t depth, uint32_t *inside) {
+  visit *v = depth > 0 ? add_visit(gate->id) : NULL;
+  if (!v) return; /* it was not inside; the place it had in the thread's list is free still */
+  v->depth = depth;
+  come_in(gate, inside);
 }
 
 uint32_t kvc_gate_inside(const kvc_gate *gate) { return atomic_load(&gate->state) & ~ALONE; }
@@ -180,15 +202,17 @@ void kvc_gate_unlock(kvc_gate *gate) {
 /* Tells the ledger how many are inside. Threads that come and go at once may tell it in another order than
    they came; whoever sees that the number has changed meanwhile tells it again, so the last word is right.
    The look is a step that changes nothing, because a plain one might come before what is told has arrived. */
-static void mark(struct kvcached_ctx *ctx, uint32_t inside) {
-  atomic_store_explicit(&ctx->last_inside_ns, kvc_coarse_ns(), memory_order_relaxed);
+void kvc_mark_inside(struct kvcached_ctx *ctx, uint32_t inside) {
+  uint64_t now_ns = kvc_coarse_ns();
+  atomic_store_explicit(&ctx->last_inside_ns, now_ns, memory_order_relaxed);
   if (!ctx->ledger) return;
   for (;;) {
     kvc_ledger_mark_inside(ctx->ledger, ctx->slot, inside);
     uint32_t now = atomic_fetch_add(&ctx->gate.state, 0) & ~ALONE;
-    if (now == inside) return;
+    if (now == inside) break;
     inside = now;
   }
+  if (inside == 0) kvc_ledger_ring_if_wanted(ctx->ledger, now_ns); /* it may be put to sleep now */
 }
 
 int kvcached_enter(kvcached_ctx_t ctx) {
@@ -198,17 +222,19 @@ int kvcached_enter(kvcached_ctx_t ctx) {
   err = kvc_gate_enter(&ctx->gate, &first, &inside);
   if (err) return err;
   /* Before it wakes: nobody asks a context for memory that has just come to use it. */
-  if (first) mark(ctx, inside);
+  if (first) kvc_mark_inside(ctx, inside);
   if (atomic_load(&ctx->asleep) == 0) return KVCACHED_OK;
 
   (void)pthread_mutex_lock(&ctx->mutex);
   err = kvc_wake(ctx, KVCACHED_ALL_KINDS);
   if (err == KVCACHED_E_LIMIT) ctx->counters.limit_failures++;
-  (void)pthread_mutex_unlock(&ctx->mutex);
+  /* Before the mutex goes: a shutdown that has ended the wait for room takes it, and then the gate is no
+   * more. */
   if (err) {
     (void)kvc_gate_leave(&ctx->gate, &last, &inside);
-    if (last) mark(ctx, inside);
+    if (last) kvc_mark_inside(ctx, inside);
   }
+  (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
 }
 
@@ -217,7 +243,7 @@ int kvcached_leave(kvcached_ctx_t ctx) {
   uint32_t inside;
   if (err) return err;
   err = kvc_gate_leave(&ctx->gate, &last, &inside);
-  if (!err && last) mark(ctx, inside);
+  if (!err && last) kvc_mark_inside(ctx, inside);
   return err;
 }
 

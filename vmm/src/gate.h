@@ -29,6 +29,11 @@ void kvc_gate_destroy(kvc_gate *gate);
 int kvc_gate_enter(kvc_gate *gate, int *first, uint32_t *inside);
 /* Leaves. E_INVAL when the thread is not inside. *last: 1 when it is outside now. */
 int kvc_gate_leave(kvc_gate *gate, int *last, uint32_t *inside);
+/* Leaves, however often the thread has entered: *depth, 0 when it is not inside. *inside: how many are now.
+ */
+void kvc_gate_step_out(kvc_gate *gate, uint64_t *depth, uint32_t *inside);
+/* Enters again as often; waits for who is alone. */
+void kvc_gate_step_in(kvc_gate *gate, uint64_t depth, uint32_t *inside);
 /* How many threads are inside. */
 uint32_t kvc_gate_inside(const kvc_gate *gate);
 /* Whether the calling thread is inside. */

@@ -3,7 +3,7 @@
  *
  *   ledger_file.c   the file, its checks and locks     ledger_limit.c     limits and their revisions
  *   ledger_claim.c  the protocol of claims, sums       ledger_command.c   mailboxes
- *   ledger_look.c   figures, lists, whom to ask
+ *   ledger_look.c   figures, lists, whom to ask    ledger_bell.c      the bell, who waits for memory
  *
  * Nothing read from the file is trusted to be sensible: another process may have been stopped or killed
  * anywhere, and a damaged file must not do more than make the library refuse or show nonsense. So texts get
@@ -107,10 +107,13 @@ void kvcached_ledger_close(kvcached_ledger_t l) {
   (void)pthread_mutex_unlock(&all_mutex);
   /* Dropped by name: a child made by a bare clone() shares the open file, and closing it here would not end
    * the locks. */
+  int dropped = 0;
   for (int i = 0; i < KVC_LEDGER_SLOTS; i++) {
     int holds = atomic_load(&l->held[i]);
     if (holds) (void)kvc_ledger_file_drop(l->fd, i, holds);
+    dropped |= holds;
   }
+  if (dropped) kvc_ledger_bell_ring(l);
   (void)munmap(l->map, sizeof(*l->map));
   (void)close(l->fd);
   (void)pthread_mutex_destroy(&l->mutex);
@@ -225,7 +228,17 @@ static void clear_user(kvc_ledger_slot *s) {
                                 &s->last_use_ns,
                                 &s->woke_ns,
                                 &s->inside,
-                                &s->queued};
+                                &s->queued,
+                                &s->wants,
+                                &s->wants_since_ns,
+                                &s->context_bytes,
+                                &s->kind_reserved[0],
+                                &s->kind_reserved[1],
+                                &s->kind_reserved[2],
+                                &s->kind_asleep[0],
+                                &s->kind_asleep[1],
+                                &s->kind_asleep[2],
+                                &s->parked};
   for (size_t i = 0; i < KVC_WORDS(fields); i++) atomic_store(fields[i], 0);
   kvc_mail_reset(s);
 }
@@ -270,6 +283,7 @@ int kvc_ledger_take(kvcached_ledger_t l, const char *group, const char *name, in
     drop_holds(l, *slot, KVC_HOLD_LESSOR);
   }
   (void)pthread_mutex_unlock(&l->mutex);
+  if (!err) kvc_ledger_bell_ring(l);
   return err;
 }
 
@@ -319,6 +333,7 @@ int kvc_ledger_attach(kvcached_ledger_t l, int slot, const char *group, const ch
     atomic_store(&l->held[slot], KVC_HOLD_USER);
   }
   (void)pthread_mutex_unlock(&l->mutex);
+  if (!err) kvc_ledger_bell_ring(l);
   return err;
 }
 
@@ -350,8 +365,10 @@ int kvcached_ledger_lease(kvcached_ledger_t l, const char *group, const char *na
   (void)pthread_mutex_lock(&l->mutex);
   drop_holds(l, slot, err ? KVC_HOLD_BOTH : KVC_HOLD_USER);
   (void)pthread_mutex_unlock(&l->mutex);
-  if (!err) *out = slot;
-  return err;
+  if (err) return err;
+  *out = slot;
+  kvc_ledger_bell_ring(l);
+  return KVCACHED_OK;
 }
 
 void kvc_ledger_end_lease(kvcached_ledger_t l, int slot) { atomic_store(&l->map->slot[slot].lease, 0); }
@@ -366,5 +383,6 @@ int kvcached_ledger_unlease(kvcached_ledger_t l, int slot) {
   else
     drop_holds(l, slot, KVC_HOLD_LESSOR);
   (void)pthread_mutex_unlock(&l->mutex);
+  if (!err) kvc_ledger_bell_ring(l);
   return err;
 }

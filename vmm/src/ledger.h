@@ -46,7 +46,7 @@ void kvc_ledger_end_lease(kvcached_ledger_t ledger, int slot);
 
 /* Figures that others see of a slot; nothing is decided by them but who is asked first to make room. */
 typedef struct kvc_figures {
-  uint64_t reserved, kind_bytes[3], idle, pooled, asleep;
+  uint64_t reserved, kind_bytes[3], kind_reserved[3], kind_asleep[3], idle, pooled, asleep;
 } kvc_figures;
 void kvc_ledger_publish(kvcached_ledger_t ledger, int slot, const kvc_figures *figures);
 
@@ -55,11 +55,16 @@ void kvc_ledger_publish(kvcached_ledger_t ledger, int slot, const kvc_figures *f
 void kvc_ledger_mark_inside(kvcached_ledger_t ledger, int slot, uint32_t inside);
 void kvc_ledger_mark_woke(kvcached_ledger_t ledger, int slot);
 void kvc_ledger_mark_queued(kvcached_ledger_t ledger, int slot, uint32_t requests);
+void kvc_ledger_mark_context(kvcached_ledger_t ledger, int slot, uint64_t bytes);
+/* Adds to what a slot holds outside the library, within the limits or not. */
+void kvc_ledger_add_fixed(kvcached_ledger_t ledger, int slot, uint64_t bytes);
 
 /* Charges and limits as a slot sees them. limit: the caller's own, used while none was set for the group. */
 typedef struct kvc_account {
   uint64_t group_limit, group_charge, card_limit, card_charge, host_charge;
   uint64_t lease_left; /* of the slot's own lease, neither claimed nor fixed yet */
+  uint64_t held;       /* by the slot itself: fixed + claim */
+  int leased;          /* the slot's lessor holds it */
 } kvc_account;
 int kvc_ledger_account(kvcached_ledger_t ledger, int slot, uint64_t limit, kvc_account *out);
 
@@ -77,12 +82,31 @@ void kvc_ledger_answer(kvcached_ledger_t ledger, int slot, int result, uint64_t 
 /* Wakes the slot's own waiter. */
 void kvc_ledger_ring(kvcached_ledger_t ledger, int slot);
 
+/* ---- the bell, and who waits for memory (park.c) ---- */
+
+/* Rings, and how often it was rung; see kvcached_ledger_wait. */
+void kvc_ledger_bell_ring(kvcached_ledger_t ledger);
+uint32_t kvc_ledger_bell(kvcached_ledger_t ledger);
+/* Waits for the bell to have been rung since `seen`, at most for ns. What kvc_ledger_bell says then. */
+uint32_t kvc_ledger_bell_wait(kvcached_ledger_t ledger, uint32_t seen, int64_t ns);
+
+/* What a slot's parked calls lack (0: none are parked any more). Rings where that began or ended. */
+typedef struct kvc_want {
+  uint64_t bytes, since_ns;
+  uint32_t parked;
+} kvc_want;
+void kvc_ledger_want(kvcached_ledger_t ledger, int slot, const kvc_want *want);
+/* Rings if somebody waits for memory: for what happens all the time. now_ns: kvc_coarse_ns(). */
+void kvc_ledger_ring_if_wanted(kvcached_ledger_t ledger, uint64_t now_ns);
+/* What other slots of the group lack that began to wait earlier. */
+int kvc_ledger_older_wants(kvcached_ledger_t ledger, int slot, uint64_t since_ns, uint64_t *bytes);
+
 /* ---- making room (room.c) ---- */
 
 /* Picks the slot of another group that should be asked next to make room: attached, controlled, nobody
-   inside, no requests queued, not woken within the last 2 s, not in `asked` (bits, KVCACHED slots / 64
-   words), with something to give; least recently used first. want_sleep 0: it has idle or pooled memory; 1:
-   it has any memory. charged 1: a limit is short, so its charge has to fall with that; a trim within its
+   inside or parked, no requests queued, not woken within the last 2 s, not in `asked` (bits, KVCACHED slots /
+   64 words), with something to give; least recently used first. want_sleep 0: it has idle or pooled memory;
+   1: it has any memory. charged 1: a limit is short, so its charge has to fall with that; a trim within its
    lease does not lower it, a sleep ends the lease. -1: none. */
 int kvc_ledger_pick_victim(kvcached_ledger_t ledger, int slot, int want_sleep, int charged,
                            const uint64_t *asked);

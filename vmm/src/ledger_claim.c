@@ -222,6 +222,10 @@ int kvc_ledger_claim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_
   return err;
 }
 
+void kvc_ledger_add_fixed(kvcached_ledger_t l, int slot, uint64_t bytes) {
+  commit(&l->map->slot[slot], KVC_CLAIM_FIXED, bytes);
+}
+
 void kvc_ledger_unclaim(kvcached_ledger_t l, int slot, kvc_claim_kind kind, uint64_t bytes) {
   _Atomic uint64_t *field = field_of(&l->map->slot[slot], kind);
   uint64_t old = atomic_load(field);
@@ -241,6 +245,8 @@ int kvc_ledger_account(kvcached_ledger_t l, int slot, uint64_t limit, kvc_accoun
                        .card_limit = kvc_limit_bytes(atomic_load(&l->map->card_limit), UINT64_MAX),
                        .card_charge = device.card.charged,
                        .host_charge = host.group.charged,
-                       .lease_left = kvc_slot_charge(&self, 0) - kvc_sat_add(self.fixed, self.claim)};
+                       .lease_left = kvc_slot_charge(&self, 0) - kvc_sat_add(self.fixed, self.claim),
+                       .held = kvc_sat_add(self.fixed, self.claim),
+                       .leased = (self.holders & KVC_HOLD_LESSOR) != 0};
   return KVCACHED_OK;
 }

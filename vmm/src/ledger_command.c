@@ -14,14 +14,9 @@
  */
 #include "ledger_impl.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
-#include <linux/futex.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 enum { FREE = 0, POSTED = 1, TAKEN = 2, DONE = 3, ALONE = 0x80 };
 #define STATE(mail) ((unsigned)((mail)&0x7f))
@@ -41,26 +36,14 @@ static const char *name_of(int command) {
     case KVCACHED_CMD_TRIM: return "trim";
     case KVCACHED_CMD_SLEEP: return "sleep";
     case KVCACHED_CMD_WAKE: return "wake";
+    case KVCACHED_CMD_REFUSE: return "refuse";
     default: return NULL;
   }
 }
 
-/* ---- futexes ---- */
-
-/* Shared ones: the words lie in a file that several processes map. */
-
 static void ring(_Atomic uint32_t *bell, int waiters) {
   atomic_fetch_add(bell, 1);
-  (void)syscall(SYS_futex, bell, FUTEX_WAKE, waiters, NULL, NULL, 0);
-}
-
-/* Until the bell no longer shows `seen`, or for ns; may end early. */
-static void wait_for(_Atomic uint32_t *bell, uint32_t seen, int64_t ns) {
-  if (ns <= 0) return;
-  struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
-  if (syscall(SYS_futex, bell, FUTEX_WAIT, seen, &ts, NULL, 0) == 0) return;
-  if (errno == EAGAIN || errno == EINTR || errno == ETIMEDOUT) return;
-  (void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL); /* forbidden here: look again and again */
+  kvc_futex_wake(bell, waiters);
 }
 
 static int64_t until(int64_t deadline) { return deadline - kvc_now_ns(); }
@@ -141,7 +124,7 @@ static int post_in_time(struct kvcached_ledger *l, int slot, int command, int64_
       unread = *posted;
       since = now;
     }
-    wait_for(&s->answered, seen, at_most(until(deadline), LOOK_NS));
+    kvc_futex_wait(&s->answered, seen, at_most(until(deadline), LOOK_NS));
   }
 }
 
@@ -200,7 +183,7 @@ static int wait_answer(struct kvcached_ledger *l, int slot, int command, uint64_
           slot, l->path, name);
     int64_t left = until(deadline);
     if (left <= 0) break;
-    wait_for(&s->answered, seen, at_most(left, LOOK_NS));
+    kvc_futex_wait(&s->answered, seen, at_most(left, LOOK_NS));
   }
   if (set_free(s, posted))
     return kvc_fail(KVCACHED_E_TIMEOUT,
@@ -221,7 +204,7 @@ int kvcached_ledger_command(kvcached_ledger_t l, int slot, int command, uint32_t
   int err = kvc_check_ledger(l);
   if (err) return err;
   if (!name_of(command))
-    return kvc_fail(KVCACHED_E_INVAL, "command %d: 1 is trim, 2 is sleep, 3 is wake", command);
+    return kvc_fail(KVCACHED_E_INVAL, "command %d: 1 is trim, 2 is sleep, 3 is wake, 4 is refuse", command);
   err = kvc_check_slot(l, slot);
   if (err) return err;
   if (wait_ms == 0) return kvc_command_leave(l, slot, command);
@@ -260,7 +243,7 @@ int kvc_ledger_next_command(kvcached_ledger_t l, int slot, uint32_t wait_ms, int
     }
     int64_t left = until(deadline);
     if (left <= 0) return 0;
-    wait_for(&s->doorbell, seen, left);
+    kvc_futex_wait(&s->doorbell, seen, left);
   }
 }
 

@@ -204,7 +204,7 @@ static int check_or_create(const char *path, int fd) {
     if (err) break;
     /* A creator at work shows as an unfinished file; only with the lock in hand is it known to be a dead
      * one's. */
-    uint32_t older;
+    uint32_t older = 0;
     err = check_content(path, fd, st.st_size, &older);
     if (err == OLDER && !replace_older(path, fd))
       err =

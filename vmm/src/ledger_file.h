@@ -10,7 +10,7 @@
 #define KVC_LEDGER_SLOTS 128
 #define KVC_LEDGER_MAGIC \
   UINT64_C(0x31524744454c564b) /* "KVLEDGR1" in memory order on little-endian machines */
-#define KVC_LEDGER_VERSION 2u
+#define KVC_LEDGER_VERSION 3u
 
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic uint64_t) == 8,
                "the ledger needs lock-free 64-bit atomics");
@@ -52,7 +52,11 @@ typedef struct kvc_ledger_slot {
   _Atomic uint32_t doorbell, answered; /* futexes: of the answering side, of the asking side */
   _Atomic uint64_t group[(KVCACHED_GROUP_MAX + 1) / 8]; /* text, zero-filled */
   _Atomic uint64_t name[(KVCACHED_NAME_MAX + 1) / 8];
-  uint64_t spare[10];
+  /* What its parked calls lack in all and since when (0: nothing), and how many threads wait. */
+  _Atomic uint64_t wants, wants_since_ns;
+  _Atomic uint64_t context_bytes; /* measured, part of `fixed` */
+  _Atomic uint64_t kind_reserved[3], kind_asleep[3];
+  _Atomic uint64_t parked;
 } kvc_ledger_slot;
 _Static_assert(sizeof(kvc_ledger_slot) == 512, "the slot's size is part of the file format");
 
@@ -61,7 +65,9 @@ typedef struct kvc_ledger_map {
   uint32_t version, slots, slot_size, header_size;
   _Atomic uint64_t ticket;     /* the last age drawn */
   _Atomic uint64_t card_limit; /* as a slot's `limit` */
-  uint8_t spare[4096 - 40];
+  _Atomic uint64_t wanted;     /* see ledger_bell.c */
+  _Atomic uint32_t bell, unused;
+  uint8_t spare[4096 - 56];
   kvc_ledger_slot slot[KVC_LEDGER_SLOTS];
 } kvc_ledger_map;
 _Static_assert(offsetof(kvc_ledger_map, slot) == 4096, "the header's size is part of the file format");

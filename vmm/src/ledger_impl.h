@@ -86,6 +86,12 @@ void kvc_limit_raise(kvc_ledger_slot *s, uint64_t word);
 /* Gives a slot that has just become live its group's limit. */
 int kvc_limit_join(struct kvcached_ledger *l, int slot, const char *group);
 
+/* ---- futexes: ledger_bell.c ---- */
+
+void kvc_futex_wake(_Atomic uint32_t *word, int waiters);
+/* Until the word no longer shows `seen`, or for ns; may end early. */
+void kvc_futex_wait(_Atomic uint32_t *word, uint32_t seen, int64_t ns);
+
 /* ---- commands: ledger_command.c ---- */
 
 /* Empties a slot's mailbox, for its new user; commands to the last one are noticed to be lost. */

@@ -169,7 +169,10 @@ static int set_limit(struct kvcached_ledger *l, const char *group, int except, u
     /* The next attempt sees what came between: with a revision of the caller's own that decides it. */
   } while (again && kvc_now_ns() < deadline);
   /* A claim announced before the limit changed may have read the old one: it has to announce again. */
-  if (result == KVCACHED_LIMIT_APPLIED) kvc_withdraw_others(l, KVC_DEVICE, group, -1, 0);
+  if (result == KVCACHED_LIMIT_APPLIED) {
+    kvc_withdraw_others(l, KVC_DEVICE, group, -1, 0);
+    kvc_ledger_bell_ring(l);
+  }
   err = report(l, group, result, out);
   if (!err && out->result == KVCACHED_LIMIT_DEFERRED) tell_to_trim(l, group, except);
   return err;

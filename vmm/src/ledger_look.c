@@ -10,7 +10,11 @@
 void kvc_ledger_publish(kvcached_ledger_t l, int slot, const kvc_figures *f) {
   kvc_ledger_slot *s = &l->map->slot[slot];
   atomic_store(&s->reserved, f->reserved);
-  for (int i = 0; i < 3; i++) atomic_store(&s->kind_bytes[i], f->kind_bytes[i]);
+  for (int i = 0; i < 3; i++) {
+    atomic_store(&s->kind_bytes[i], f->kind_bytes[i]);
+    atomic_store(&s->kind_reserved[i], f->kind_reserved[i]);
+    atomic_store(&s->kind_asleep[i], f->kind_asleep[i]);
+  }
   atomic_store(&s->idle, f->idle);
   atomic_store(&s->pooled, f->pooled);
   atomic_store(&s->asleep, f->asleep);
@@ -42,6 +46,10 @@ void kvc_ledger_mark_queued(kvcached_ledger_t l, int slot, uint32_t requests) {
   atomic_store(&l->map->slot[slot].queued, requests);
 }
 
+void kvc_ledger_mark_context(kvcached_ledger_t l, int slot, uint64_t bytes) {
+  atomic_store(&l->map->slot[slot].context_bytes, bytes);
+}
+
 static uint32_t small(uint64_t n) { return n < UINT32_MAX ? (uint32_t)n : UINT32_MAX; }
 
 /* What observers see of a slot. 1 live, 0 not, negative on error. */
@@ -66,7 +74,11 @@ static int describe(struct kvcached_ledger *l, int slot, kvcached_slot_t *out) {
   kvc_text_get(s->name, KVC_WORDS(s->name), out->name);
   if (!out->attached) return 1; /* the rest is the user's */
   out->reserved = atomic_load(&s->reserved);
-  for (int i = 0; i < 3; i++) out->kind_bytes[i] = atomic_load(&s->kind_bytes[i]);
+  for (int i = 0; i < 3; i++) {
+    out->kind_bytes[i] = atomic_load(&s->kind_bytes[i]);
+    out->kind_reserved[i] = atomic_load(&s->kind_reserved[i]);
+    out->kind_asleep[i] = atomic_load(&s->kind_asleep[i]);
+  }
   out->idle = atomic_load(&s->idle);
   out->pooled = atomic_load(&s->pooled);
   out->asleep = atomic_load(&s->asleep);
@@ -75,6 +87,10 @@ static int describe(struct kvcached_ledger *l, int slot, kvcached_slot_t *out) {
   out->inside = small(atomic_load(&s->inside));
   out->queued = small(atomic_load(&s->queued));
   out->controlled = atomic_load(&s->controlled) == 1;
+  out->wants = atomic_load(&s->wants);
+  out->wants_since_ns = atomic_load(&s->wants_since_ns);
+  out->context_bytes = atomic_load(&s->context_bytes);
+  out->parked = small(atomic_load(&s->parked));
   return 1;
 }
 
@@ -127,6 +143,7 @@ int kvc_ledger_pick_victim(kvcached_ledger_t l, int slot, int want_sleep, int ch
     kvcached_slot_t one;
     if (describe(l, i, &one) <= 0) continue;
     if (!one.attached || !one.controlled || one.inside || one.queued || strcmp(one.group, own) == 0) continue;
+    if (one.parked || one.wants) continue; /* at work, but for the room: only its lessor puts it to sleep */
     if (want_sleep ? one.claim == 0 : one.idle == 0 && one.pooled == 0) continue;
     if (charged && !want_sleep && one.lease >= kvc_sat_add(one.fixed, one.claim)) continue;
     if (age(one.woke_ns, INT64_MAX) < JUST_WOKEN_NS) continue;

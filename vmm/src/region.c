@@ -282,6 +282,7 @@ int kvcached_release(kvcached_region_t r, size_t off, size_t len) {
     r->counters.releases++;
     ctx->counters.releases++;
     kvc_publish(ctx);
+    if (ctx->ledger) kvc_ledger_ring_if_wanted(ctx->ledger, kvc_coarse_ns()); /* a trim would give it */
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   return KVCACHED_OK;

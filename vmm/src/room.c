@@ -180,16 +180,38 @@ static int room_for_fixed(struct kvcached_ctx *ctx, kvc_room *room, const kvc_sh
   return kvc_make_room(ctx, room);
 }
 
+static kvc_room begin(const struct kvcached_ctx *ctx) {
+  return (kvc_room){.deadline_ns = kvc_now_ns() + (int64_t)ctx->options.room_wait_ms * 1000000};
+}
+
 static int raise_fixed(struct kvcached_ctx *ctx, uint64_t bytes) {
-  kvc_room room = {.deadline_ns = kvc_now_ns() + (int64_t)ctx->options.room_wait_ms * 1000000};
+  kvc_room room = begin(ctx);
+  kvc_parking parking = {0};
   kvc_shortage shortage;
+  int err;
   for (;;) {
+    /* Inside the gate, where it waited: all is awake after. */
+    err = parking.kinds && atomic_load(&ctx->asleep) > 0 ? kvc_wake_for(ctx, &parking) : KVCACHED_OK;
     /* Another thread may have set it while the mutex was let go of. */
-    if (bytes <= ctx->fixed) return KVCACHED_OK;
-    int err = claim_fixed(ctx, bytes - ctx->fixed, left_ms(&room), &shortage);
+    if (err || bytes <= ctx->fixed) break;
+    parking.more = bytes - ctx->fixed;
+    err = claim_fixed(ctx, parking.more, left_ms(&room), &shortage);
     if (!err) ctx->fixed = bytes;
-    if (err != KVCACHED_E_LIMIT || !room_for_fixed(ctx, &room, &shortage)) return err;
+    if (err != KVCACHED_E_LIMIT) break;
+    if (room_for_fixed(ctx, &room, &shortage)) continue;
+    if (!kvc_park(ctx, &parking, err)) break;
+    room = begin(ctx);
   }
+  return kvc_park_end(ctx, &parking, err);
+}
+
+static void lower_fixed(struct kvcached_ctx *ctx, uint64_t bytes) {
+  if (bytes >= ctx->fixed) return;
+  if (ctx->ledger) {
+    kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_FIXED, ctx->fixed - bytes);
+    kvc_ledger_bell_ring(ctx->ledger);
+  }
+  ctx->fixed = bytes;
 }
 
 int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes) {
@@ -198,10 +220,24 @@ int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes) {
   (void)pthread_mutex_lock(&ctx->mutex);
   err = raise_fixed(ctx, bytes);
   if (err == KVCACHED_E_LIMIT) ctx->counters.limit_failures++;
-  if (!err && bytes < ctx->fixed) {
-    if (ctx->ledger) kvc_ledger_unclaim(ctx->ledger, ctx->slot, KVC_CLAIM_FIXED, ctx->fixed - bytes);
-    ctx->fixed = bytes;
+  if (!err) {
+    ctx->said = bytes;
+    lower_fixed(ctx, bytes > ctx->measured ? bytes : ctx->measured);
   }
   (void)pthread_mutex_unlock(&ctx->mutex);
   return err;
+}
+
+void kvc_set_measured(struct kvcached_ctx *ctx, uint64_t bytes) {
+  ctx->measured = bytes;
+  if (!ctx->ledger) return;
+  kvc_ledger_mark_context(ctx->ledger, ctx->slot, bytes);
+  if (ctx->options.slot < 0) return;
+  uint64_t fixed = bytes > ctx->said ? bytes : ctx->said;
+  /* It is there, whatever the limit says. */
+  if (fixed > ctx->fixed) {
+    kvc_ledger_add_fixed(ctx->ledger, ctx->slot, fixed - ctx->fixed);
+    ctx->fixed = fixed;
+  }
+  lower_fixed(ctx, fixed);
 }

@@ -19,6 +19,8 @@ static _Thread_local struct kvcached_region *reloading_region;
 
 int kvc_reloading(const struct kvcached_region *r) { return r && reloading_region == r; }
 
+int kvc_in_reload(void) { return reloading_region != NULL; }
+
 static int call_reload(struct kvcached_region *r) {
   struct kvcached_region *outer =
       reloading_region; /* of another context, whose reload function woke this one */
@@ -154,41 +156,59 @@ static int wake_once(struct kvcached_ctx *ctx, unsigned kinds, const struct kvca
   return err;
 }
 
-static int wake(struct kvcached_ctx *ctx, unsigned kinds, struct kvcached_region *only) {
+/* After E_LIMIT or E_NOMEM: 1 when it is worth another try. Of its own group only the context itself gives
+   something up. Other groups are asked where the card is short; while they are, regions may be woken,
+   released and freed by others: from the start then. */
+static int find_room(struct kvcached_ctx *ctx, int err, const kvc_shortage *shortage, kvc_room *room) {
+  uint64_t want = shortage->group > shortage->card ? shortage->group : shortage->card;
+  if (kvc_wait_busy(ctx)) return 1;
+  if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, (kvc_spans){0}) > 0) return 1;
+  if (err == KVCACHED_E_LIMIT && (shortage->group > 0 || shortage->card == 0)) return 0;
+  room->charged = err == KVCACHED_E_LIMIT;
+  return kvc_make_room(ctx, room);
+}
+
+int kvc_wake_for(struct kvcached_ctx *ctx, kvc_parking *p) {
   int64_t begin = kvc_now_ns();
   kvc_room room = {0};
   kvc_shortage shortage;
   size_t woken = 0;
   int err;
   for (;;) {
-    err = wake_once(ctx, kinds, only, &shortage, &woken);
+    err = wake_once(ctx, p->kinds, p->only, &shortage, &woken);
     if (err != KVCACHED_E_LIMIT && err != KVCACHED_E_NOMEM) break;
-    /* Of its own group only the context itself gives something up. Other groups are asked where the card is
-       short; while they are, regions may be woken, released and freed by others: from the start then. */
-    uint64_t want = shortage.group > shortage.card ? shortage.group : shortage.card;
-    if (kvc_wait_busy(ctx)) continue;
-    if (kvc_give_up_idle(ctx, err == KVCACHED_E_LIMIT ? want : UINT64_MAX, NULL, (kvc_spans){0}) > 0)
-      continue;
-    if (err == KVCACHED_E_LIMIT && (shortage.group > 0 || shortage.card == 0)) break;
-    room.charged = err == KVCACHED_E_LIMIT;
-    if (!kvc_make_room(ctx, &room)) break;
+    if (find_room(ctx, err, &shortage, &room)) continue;
+    if (woken > 0) kvc_publish(ctx);
+    if (!kvc_park(ctx, p, err)) break;
+    room = (kvc_room){0};
+    begin = kvc_now_ns(); /* how long waking takes, not the wait for it */
   }
   if (woken > 0) {
     ctx->counters.wakes++;
     ctx->counters.last_wake_ns = (uint64_t)(kvc_now_ns() - begin);
-    if (only) only->counters.last_wake_ns = ctx->counters.last_wake_ns;
+    if (p->only) p->only->counters.last_wake_ns = ctx->counters.last_wake_ns;
     if (ctx->ledger) kvc_ledger_mark_woke(ctx->ledger, ctx->slot);
     kvc_publish(ctx);
     kvc_log(ctx, KVCACHED_LOG_INFO, "%zu regions woken in %.1f ms", woken,
             (double)ctx->counters.last_wake_ns / 1e6);
     kvc_event(ctx, KVCACHED_EVENT_WOKE);
   }
+  kvc_ring_fallen(ctx);
   return err;
 }
 
-int kvc_wake_region(struct kvcached_region *r) { return kvc_sleeps(r) ? wake(r->ctx, 0, r) : KVCACHED_OK; }
+static int wake(struct kvcached_ctx *ctx, kvc_parking p) {
+  int err = kvc_wake_for(ctx, &p);
+  return kvc_park_end(ctx, &p, err);
+}
 
-int kvc_wake(struct kvcached_ctx *ctx, unsigned kinds) { return wake(ctx, kinds, NULL); }
+int kvc_wake_region(struct kvcached_region *r) {
+  return kvc_sleeps(r) ? wake(r->ctx, (kvc_parking){.only = r, .wakes = 1}) : KVCACHED_OK;
+}
+
+int kvc_wake(struct kvcached_ctx *ctx, unsigned kinds) {
+  return wake(ctx, (kvc_parking){.kinds = kinds, .wakes = 1});
+}
 
 int kvcached_wake(kvcached_ctx_t ctx, unsigned kinds) {
   int err = kvc_check_ctx(ctx);

@@ -114,6 +114,7 @@ static void prepare_sleep(struct kvcached_ctx *ctx) {
 
 static void *worker_body(void *arg) {
   struct kvcached_ctx *ctx = arg;
+  kvc_never_park();
   (void)pthread_mutex_lock(&ctx->mutex);
   while (!atomic_load(&ctx->stopping)) {
     struct kvcached_region *r = next_ahead(ctx);

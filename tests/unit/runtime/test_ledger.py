@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from kvpatch.runtime import (
     Library,
     LimitResult,
     Options,
+    Slot,
 )
 
 MIB = 1 << 20
@@ -96,6 +98,7 @@ def test_limits(ledger: Ledger, context: Context) -> None:
 
 CHILD = """
 import sys
+import threading
 from pathlib import Path
 from kvpatch.runtime import Context, Kind, Library, Options
 library, ledger = map(Path, sys.argv[1:])
@@ -152,3 +155,56 @@ def test_commands_to_another_process(lib: Library, ledger: Ledger, path: Path) -
     with pytest.raises(CallError) as caught:
         ledger.command(slot.slot, Command.TRIM)
     assert caught.value.name == "KVCACHED_E_SLOT"
+
+
+def test_the_bell(ledger: Ledger, context: Context) -> None:
+    region = context.reserve(MIB)
+    region.ensure(0, MIB)
+    seen = ledger.wait()
+    assert seen > 0
+    assert ledger.wait(seen, timeout_ms=1) == seen
+    region.release(0, MIB)
+    assert ledger.wait(seen, timeout_ms=1) == seen  # idle, and nobody wants it
+    assert context.trim() == MIB
+    assert ledger.wait(seen, timeout_ms=60_000) > seen
+    with pytest.raises(UsageError, match="timeout_ms -1"):
+        ledger.wait(seen, timeout_ms=-1)
+
+
+def test_calls_wait_for_their_lessor(lib: Library, ledger: Ledger, path: Path) -> None:
+    slots = [ledger.lease("one", name, 0, limit=4 * MIB) for name in ("a", "b")]
+    options = [Options(ledger=path, slot=slot, limit=4 * MIB, group_wait_ms=60_000) for slot in slots]
+    with Context(options[0], library=lib) as idle, Context(options[1], library=lib) as busy:
+        idle.reserve(3 * MIB).ensure(0, 3 * MIB)
+        region = busy.reserve(8 * MIB)
+        seen = ledger.wait()
+        failures: list[str] = []
+
+        def grow() -> None:
+            try:
+                region.ensure(0, 3 * MIB)
+            except CallError as error:
+                failures.append(error.name)
+
+        def parked() -> Slot:
+            nonlocal seen
+            while True:
+                seen = ledger.wait(seen, timeout_ms=60_000)
+                for slot in ledger.slots():
+                    if slot.parked:
+                        return slot
+
+        for command in (Command.REFUSE, Command.SLEEP):
+            thread = threading.Thread(target=grow)
+            thread.start()
+            slot = parked()
+            assert (slot.slot, slot.wants, slot.parked) == (slots[1], 3 * MIB, 1)
+            assert busy.stats().wants == 3 * MIB
+            ledger.command(slots[command is Command.REFUSE], command, wait_ms=60_000)
+            thread.join()
+        assert failures == ["KVCACHED_E_LIMIT"]
+        assert busy.stats().parks == 2
+        asleep, awake = ledger.slots()
+        assert (asleep.kind_asleep, asleep.kind_reserved) == ((3 * MIB, 0, 0), (3 * MIB, 0, 0))
+        assert (awake.kind_bytes, awake.kind_reserved) == ((3 * MIB, 0, 0), (8 * MIB, 0, 0))
+        assert (awake.wants, awake.wants_since_ns, awake.parked) == (0, 0, 0)
