@@ -58,6 +58,7 @@ func (p *pool) fail(err error) {
 	for _, d := range slices.Clone(p.queue) {
 		d.finish(err)
 	}
+	p.stopDraining()
 }
 
 // serve hands out room in order of arrival. It returns who lacks some: at most the first demand, which those behind it wait
@@ -220,7 +221,8 @@ func (p *pool) help(it item, v view) time.Duration {
 		return pollEvery
 	}
 
-	// Sleepers go where their end is enough, or nothing else is left.
+	// Sleepers go where their end is enough, or nothing else is left. Who is not working yet waits a moment before: to load
+	// one again takes longer than most answers.
 	var ends, soon int64
 	for _, part := range st.gone {
 		ends += toRoom(part.seen.Charge)
@@ -229,7 +231,8 @@ func (p *pool) help(it item, v view) time.Duration {
 		soon += toRoom(part.frees())
 	}
 	moves := len(st.working) > 0 || p.pending() > 0 || st.later != math.MaxInt64
-	enough := ends > 0 && lacks <= ends && lacks > soon
+	hurry := it.demand == nil || v.now-it.demand.since >= contextPatience
+	enough := ends > 0 && lacks <= ends && lacks > soon && (hurry || !moves)
 	if !moves && !enough && p.turn(it, st, v) {
 		it.moving(v.now)
 		return pollEvery
@@ -246,7 +249,11 @@ func (p *pool) help(it item, v view) time.Duration {
 	}
 	if moves {
 		it.moving(v.now)
-		return min(st.later, p.drain(it, st, v, lacks))
+		next := min(st.later, p.drain(it, st, v, lacks))
+		if !hurry {
+			next = min(next, contextPatience-(v.now-it.demand.since))
+		}
+		return next
 	}
 	if it.demand != nil && len(st.parked) > 0 {
 		return pollEvery // whose claims are refused before
