@@ -35,6 +35,7 @@ void rounds_peer(kvcached_ctx_t ctx, kvcached_region_t region, unsigned n, uint3
     for (size_t step = next_random(&seed) % 4, most = ROUNDS_PAGES; step > 0; step--) {
       grow(region, page, tag, 1 + next_random(&seed) % most, &seed);
       CHECK_EQ(stats_of(ctx).asleep, 0); /* inside, whatever it waited for */
+      if (next_random(&seed) % 4 == 0) sleep_ms(1);
       look(region, tag);
     }
     size_t drop = next_random(&seed) % ROUNDS_PAGES;

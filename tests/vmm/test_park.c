@@ -78,6 +78,13 @@ TEST(park, may_be_put_to_sleep_meanwhile) {
   CHECK_IS(kvcached_ledger_command(f.l, b.slot, KVCACHED_CMD_WAKE, 10000, NULL), KVCACHED_E_LIMIT);
   CHECK_EQ(slot_of(&f, b).parked, 1);
   tell(&f, a, KVCACHED_CMD_SLEEP);
+  /* There is room now; but it was its lessor that had it sleep, and may want the room for somebody else. */
+  sleep_ms(250);
+  s = slot_of(&f, b);
+  CHECK_EQ(s.parked, 1);
+  CHECK_EQ(s.asleep, 6 * f.page);
+  CHECK_EQ(s.wants, 12 * f.page);
+  tell(&f, b, KVCACHED_CMD_WAKE);
   child_answers(b, "ok");
   s = slot_of(&f, b);
   CHECK_EQ(s.inside, 1);
@@ -285,8 +292,8 @@ static void lease_and_wait(void *arg) {
   for (;;) sleep_ms(1000);
 }
 
-TEST(park, fails_once_its_lessor_is_killed) {
-  family f = family_start("killed-lessor");
+static void lessor_killed(const char *name, int sleeps) {
+  family f = family_start(name);
   child a = child_of(&f, LONG);
   peer_expect(a.p, "fill 12 97", "ok");
   lessor *m = shared_memory(sizeof(*m));
@@ -297,11 +304,18 @@ TEST(park, fails_once_its_lessor_is_killed) {
   b.p = peer_start_with(f.path, "-", FULL * f.page, b.slot, "group_wait_ms=60000");
   peer_expect_open(b.p);
   peer_expect(b.p, "fill 6 98", "ok");
+  peer_expect(b.p, "enter", "ok");
   child_parks(&f, b, "ensure 12", 6);
+  if (sleeps) tell(&f, b, KVCACHED_CMD_SLEEP);
   child_kill(pid);
   child_answers(b, "KVCACHED_E_LIMIT");
+  CHECK_EQ(slot_of(&f, b).asleep, 0); /* there is nobody else to wake it */
+  CHECK_EQ(slot_of(&f, b).inside, 1);
   peer_expect(b.p, "check 6 98", "ok");
   peer_stop(&b.p);
   child_end(&f, &a);
   family_end(&f);
 }
+
+TEST(park, fails_once_its_lessor_is_killed) { lessor_killed("killed-lessor", 0); }
+TEST(park, wakes_once_its_lessor_is_killed) { lessor_killed("killed-lessor-asleep", 1); }

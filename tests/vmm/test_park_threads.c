@@ -86,6 +86,15 @@ TEST(park_threads, wake_waits) { waking_waits("wake", wake); }
 TEST(park_threads, read_waits) { waking_waits("read", read_one); }
 TEST(park_threads, clear_waits) { waking_waits("clear", clear_one); }
 
+static int more(house *h) { return kvcached_ensure(h->r, 0, 18 * h->page); }
+
+static int look_in(house *h) {
+  int err = kvcached_enter(h->ctx);
+  if (err) return err;
+  CHECK(filled(h->r, 4, 40));
+  return kvcached_leave(h->ctx);
+}
+
 /* ---- several at once ---- */
 
 static int inside(house *h) {
@@ -124,6 +133,29 @@ TEST(park_threads, several_of_one_context) {
   house_end(&h);
 }
 
+/* Put to sleep by its lessor meanwhile, it is woken by nobody else: not by another thread that enters either.
+ */
+TEST(park_threads, nobody_else_wakes_it) {
+  house h = house_build("told", 16);
+  call waits_inside, enters;
+  fill(h.r, 4, 40);
+  call_start(&waits_inside, &h, more);
+  WAIT_FOR(shown(&h).parked == 1);
+  uint64_t freed;
+  CHECK_OK(kvcached_ledger_command(h.l, h.slot, KVCACHED_CMD_SLEEP, 5000, &freed));
+  CHECK_EQ(freed, 4 * h.page);
+  (void)go_to_sleep(h.other, KVCACHED_ALL_KINDS);
+  call_start(&enters, &h, look_in);
+  WAIT_FOR(shown(&h).parked == 2);
+  sleep_ms(250);
+  CHECK_EQ(shown(&h).parked, 2);
+  CHECK_EQ(asleep(h.ctx), 4 * h.page);
+  CHECK_OK(kvcached_ledger_command(h.l, h.slot, KVCACHED_CMD_WAKE, 5000, NULL));
+  CHECK_OK(call_result(&enters));
+  CHECK_OK(call_result(&waits_inside));
+  house_end(&h);
+}
+
 TEST(park_threads, all_are_refused) {
   house h = house_build("all-refused", 16);
   call c[4];
@@ -158,8 +190,6 @@ static void shutdown_ends(const char *name, int (*body)(house *h), int sleeps) {
   CHECK_EQ(shown(&h).attached, 0);
   house_end(&h);
 }
-
-static int more(house *h) { return kvcached_ensure(h->r, 0, 18 * h->page); }
 
 TEST(park_threads, shutdown_ends_an_ensure) { shutdown_ends("end-ensure", more, 0); }
 TEST(park_threads, shutdown_ends_an_enter) { shutdown_ends("end-enter", enter, 1); }

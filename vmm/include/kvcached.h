@@ -271,12 +271,13 @@ KVCACHED_API int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes);
  * slot what it lacks (`wants`), rings the ledger's bell for the lessor, and leaves the gate for as long as it
  * waits, however often its thread has entered: so the lessor may have this very context trim or sleep
  * meanwhile. It tries again when there is room, older ones of the group first, and is inside again as before
- * with everything awake by then. It fails with E_LIMIT (E_NOMEM) after group_wait_ms, on KVCACHED_CMD_REFUSE,
- * when the lessor is gone, when the context is shut down, and at once where what the context has and lacks is
- * more than the limit alone. A call that fails inside the gate first has everything awake again, which may
- * take that time once more; if that fails too, the last error says so, and regions sleep until the next
- * enter. The gates of other contexts that the thread is inside are not left. The library's own threads never
- * wait so, nor does a reload function.
+ * with everything awake by then. A context that its lessor had sleep while calls of it waited sleeps on until
+ * the lessor has it wake, whoever enters, or until a call inside it fails. A call fails with E_LIMIT
+ * (E_NOMEM) after group_wait_ms, on KVCACHED_CMD_REFUSE, when the lessor is gone, when the context is shut
+ * down, and at once where what the context has and lacks is more than the limit alone. A call that fails
+ * inside the gate first has everything awake again, which may take that time once more; if that fails too,
+ * the last error says so, and regions sleep until the next enter. The gates of other contexts that the thread
+ * is inside are not left. The library's own threads never wait so, nor does a reload function.
  */
 
 /* Enters, shared with other threads, and wakes whatever sleeps. Waits for a sleep or trim under way. A thread

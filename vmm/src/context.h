@@ -112,6 +112,7 @@ struct kvcached_ctx {
   uint64_t wants;            /* bytes that they lack */
   _Atomic uint32_t refusals; /* how often the lessor refused */
   int fell;                  /* the claim has fallen since kvc_ring_fallen */
+  int told;                  /* its lessor had it sleep while calls waited: it sleeps on until told to wake */
   unsigned sleep_ahead;      /* kinds that prepare_sleep asked for, still to be done by the helper */
   struct kvcached_region *worker_region; /* the region the helper works on without the mutex, or NULL */
   unsigned worker_waiters; /* threads in kvc_wait_worker: the helper begins nothing while there are any */
@@ -312,6 +313,8 @@ int kvc_park(struct kvcached_ctx *ctx, kvc_parking *parking, int err);
 /* To be called at the end of the call. err: what came of it; if it failed, what slept meanwhile is woken
    first inside the gate. May let go of the mutex. Returns err. */
 int kvc_park_end(struct kvcached_ctx *ctx, kvc_parking *parking, int err);
+/* Whether the calling thread has to wait for the lessor to have the context wake. */
+int kvc_must_sleep_on(const struct kvcached_ctx *ctx);
 /* Tells the ledger what all calls that wait lack. */
 void kvc_publish_wants(struct kvcached_ctx *ctx);
 /* The calling thread is the library's own: it never waits so. */

@@ -42,11 +42,16 @@ static int carry_out(struct kvcached_ctx *ctx, int command, uint64_t *freed) {
       if (!err) {
         err = command == KVCACHED_CMD_TRIM ? trim_alone(ctx, freed)
                                            : kvc_sleep_alone(ctx, KVCACHED_ALL_KINDS, freed);
+        if (command == KVCACHED_CMD_SLEEP && ctx->parkings && atomic_load(&ctx->asleep) > 0) ctx->told = 1;
         (void)pthread_mutex_unlock(&ctx->mutex);
       }
       kvc_gate_unlock(&ctx->gate);
       return err;
-    case KVCACHED_CMD_WAKE: err = kvcached_enter(ctx); return err ? err : kvcached_leave(ctx);
+    case KVCACHED_CMD_WAKE:
+      err = kvcached_enter(ctx);
+      if (!err) err = kvcached_leave(ctx);
+      if (!err) kvc_ledger_bell_ring(ctx->ledger); /* for its own calls that wait */
+      return err;
     case KVCACHED_CMD_REFUSE:
       atomic_fetch_add(&ctx->refusals, 1);
       kvc_ledger_bell_ring(ctx->ledger);

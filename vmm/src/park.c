@@ -21,6 +21,8 @@ static _Thread_local int never;
 
 void kvc_never_park(void) { never = 1; }
 
+int kvc_must_sleep_on(const struct kvcached_ctx *ctx) { return ctx->told && !never && !kvc_in_reload(); }
+
 /* ---- what is lacking ---- */
 
 typedef struct lack {
@@ -105,13 +107,17 @@ static verdict look(struct kvcached_ctx *ctx, kvc_parking *p, const char **why) 
   if (atomic_load(&ctx->refusals) != p->refusals) return *why = "its lessor refused", GIVE_UP;
   if (kvc_ledger_account(ctx->ledger, ctx->slot, ctx->limit, &a))
     return *why = "the ledger cannot be read", GIVE_UP;
-  if (!a.leased) return *why = "its lessor has ended", GIVE_UP;
+  if (!a.leased) {
+    ctx->told = 0; /* there is nobody left to have it wake */
+    return *why = "its lessor has ended", GIVE_UP;
+  }
   add(ctx, p, &own);
   uint64_t grows = growth(ctx, &own), lacks = minus(grows, a.lease_left);
   uint64_t limit = a.group_limit < a.card_limit ? a.group_limit : a.card_limit;
   if (kvc_sat_add(a.held, grows) > limit)
     return *why = "what it has and lacks is more than the limit alone", GIVE_UP;
   if (kvc_now_ns() >= p->until_ns) return *why = "nobody made room in time", GIVE_UP;
+  if (ctx->told) return WAIT;
   uint64_t room = minus(a.group_limit, a.group_charge), card = minus(a.card_limit, a.card_charge);
   if (card < room) room = card;
   if (lacks > room || (p->device && !device_has(ctx, grows, 0))) {
@@ -211,6 +217,7 @@ int kvc_park_end(struct kvcached_ctx *ctx, kvc_parking *p, int err) {
       !kvc_gate_is_inside(&ctx->gate))
     return err;
   kvc_detail d = kvc_detail_keep();
+  ctx->told = 0; /* it is not to sleep inside the gate, if there is room */
   if (kvc_wake(ctx, KVCACHED_ALL_KINDS) == KVCACHED_OK) return kvc_detail_again(err, &d);
   kvc_detail e = kvc_detail_keep();
   kvc_log(ctx, KVCACHED_LOG_ERROR, "regions sleep while the gate is entered: %s", e.text);

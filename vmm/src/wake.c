@@ -47,6 +47,7 @@ void kvc_count_asleep(struct kvcached_ctx *ctx) {
     if (r->kind == KVCACHED_KV && r->copy.valid) kvc_hostcopy_invalidate(r);
   }
   atomic_store(&ctx->asleep, n);
+  if (n == 0) ctx->told = 0;
 }
 
 /* Pages of a state go back to sleep; the bytes they give back are added to *held. Unless the device is idle
@@ -175,11 +176,16 @@ int kvc_wake_for(struct kvcached_ctx *ctx, kvc_parking *p) {
   size_t woken = 0;
   int err;
   for (;;) {
-    err = wake_once(ctx, p->kinds, p->only, &shortage, &woken);
-    if (err != KVCACHED_E_LIMIT && err != KVCACHED_E_NOMEM) break;
-    if (find_room(ctx, err, &shortage, &room)) continue;
+    int told = kvc_must_sleep_on(ctx) && atomic_load(&ctx->asleep) > 0;
+    if (told) {
+      err = kvc_fail(KVCACHED_E_LIMIT, "its lessor had it sleep while it waited for room, and not wake yet");
+    } else {
+      err = wake_once(ctx, p->kinds, p->only, &shortage, &woken);
+      if (err != KVCACHED_E_LIMIT && err != KVCACHED_E_NOMEM) break;
+      if (find_room(ctx, err, &shortage, &room)) continue;
+    }
     if (woken > 0) kvc_publish(ctx);
-    if (!kvc_park(ctx, p, err)) break;
+    if (!kvc_park(ctx, p, err) && !(told && !ctx->told)) break;
     room = (kvc_room){0};
     begin = kvc_now_ns(); /* how long waking takes, not the wait for it */
   }
