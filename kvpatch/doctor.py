@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvpatch import pins, toolchain
-from kvpatch.errors import ToolchainError
+from kvpatch.errors import ToolchainError, UsageError
 from kvpatch.patching import check_matches, load_series
+from kvpatch.pools import config, errors, files
 
 # Measured: workspace, build folder and output of one Ollama CPU build, plus its sources.
 _NEEDED_BYTES = 4 * 10**9
 _LEDGER_DIR = Path("/dev/shm")
 
-Status = Literal["ok", "index", "missing", "optional"]
+Status = Literal["ok", "index", "missing", "optional", "wrong"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """One thing looked at. `status`: ok; index (kvpatch installs it from the package index when it is needed);
-    missing (a build fails until `cure` is done); optional (missing, and only slower without)."""
+    missing (a build fails until `cure` is done); optional (missing, and only slower without); wrong (a server would
+    not start with it)."""
 
     name: str
     status: Status
@@ -67,20 +69,31 @@ class LlamaCppRow:
 
 
 def examine(cache: Path) -> tuple[Finding, ...]:
-    """Look at every tool, the cache, and the place of the ledger. Installs nothing."""
+    """Look at every tool, the cache, the place of the ledgers and those there are, the settings of `ollama serve`.
+    Installs nothing."""
     findings = [_tool(requirement, cache / "tools") for requirement in toolchain.ALL]
     findings.append(_cache(cache))
     findings.append(_ledger())
+    findings.extend(_ledger_file(file) for file in files.find())
+    findings.extend(_config(file) for file in config.examine())
     return tuple(findings)
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Raise ToolchainError when something is missing that a build cannot do without."""
+    """Raise ToolchainError when something is missing that a build cannot do without, UsageError for settings that
+    `ollama serve` would end with."""
     missing = [f for f in findings if f.status == "missing"]
     if missing:
         raise ToolchainError(
             "missing: " + "; ".join(f"{f.name} ({f.found}), needed for {f.needed_for}" for f in missing),
             hint=" && ".join(dict.fromkeys(f.cure for f in missing)),
+            data={"findings": [f.to_json() for f in findings]},
+        )
+    wrong = [f for f in findings if f.status == "wrong"]
+    if wrong:
+        raise UsageError(
+            "; ".join(f"{f.name}: {f.found}" for f in wrong),
+            hint="; ".join(f.cure for f in wrong),
             data={"findings": [f.to_json() for f in findings]},
         )
 
@@ -160,3 +173,32 @@ def _ledger() -> Finding:
         needed_for="the ledger of a running elastic server",
         cure="" if usable else "mount a tmpfs at /dev/shm",
     )
+
+
+def _ledger_file(file: files.LedgerFile) -> Finding:
+    owner = errors.user_name(file.owner)
+    return Finding(
+        name=f"ledger of {file.device}",
+        status="ok",
+        found=f"{file.path}, of {owner}" + (" (this user)" if file.ours else ""),
+        needed_for="kvpatch top, limit, trim, sleep, wake",
+        cure="" if file.ours else errors.as_user(file.owner, "top"),
+    )
+
+
+def _config(file: config.ConfigFile) -> Finding:
+    status: Status = "ok" if file.exists else "optional"
+    cure = ""
+    if file.problems:
+        status, found = "wrong", f"{file.path}: {'; '.join(file.problems)}"
+        cure = f"correct {file.path}: `ollama serve` ends with it"
+    elif not file.path:
+        found = "none: HOME is not set"
+    elif not file.readable:
+        found = f"{file.path}, which this user may not read"
+        cure = "run this as its owner, to have it checked"
+    elif not file.exists:
+        found = f"{file.path}, not there: defaults, and OLLAMA_KVCACHED_* in the server's environment"
+    else:
+        found = f"{file.path}: {', '.join(file.settings) or 'no settings of kvcached'}"
+    return Finding(name="config.yaml", status=status, found=found, needed_for=file.reader, cure=cure)

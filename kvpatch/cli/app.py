@@ -11,6 +11,7 @@ from rich.table import Table
 from kvpatch import __version__, demo, doctor, lock, manifest, paths, pins, pipeline, plan, smoke
 from kvpatch.cli import bench, options, tables
 from kvpatch.cli import estimate as estimate_command
+from kvpatch.cli import pools as pools_commands
 from kvpatch.cli.output import Screen
 from kvpatch.errors import SmokeError, UsageError
 
@@ -219,6 +220,7 @@ def _demo(
 
 
 estimate_command.register(app)
+pools_commands.register(app)
 
 
 @app.command(name="doctor", help="Say what is missing for which target, and the command that installs it.")

@@ -8,12 +8,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 from kvpatch.cli.progress import CiLines, LiveRows, PlainLines, annotation
@@ -82,6 +84,25 @@ class Screen:
         if not self.json_mode:
             for renderable in renderables:
                 self._out.print(renderable)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a picture can be drawn anew in place: people look, and on a terminal."""
+        return self._out.is_terminal and not self.json_mode
+
+    @property
+    def width(self) -> int:
+        return self._out.width
+
+    def live(self, picture: Callable[[], RenderableType], interval: float) -> None:
+        """Draw a picture anew each `interval` seconds until the user ends it; the last one stays."""
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Live(picture(), console=self._out, auto_refresh=False, vertical_overflow="crop") as shown,
+        ):
+            while True:
+                time.sleep(interval)
+                shown.update(picture(), refresh=True)
 
     def note(self, text: str) -> None:
         """A line of progress outside a stage."""

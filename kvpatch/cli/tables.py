@@ -22,6 +22,7 @@ _DOCTOR = {
     "index": ("from index", "cyan"),
     "missing": ("MISSING", "red"),
     "optional": ("optional", "yellow"),
+    "wrong": ("WRONG", "red"),
 }
 
 
