@@ -165,6 +165,9 @@ const hostLease = HostPage
 
 // divide gives each GPU its share of the need, by free memory and within its limit. Held: Manager.mu.
 func (c *KVCache) divide(views []view) {
+	if measured := c.shares[0].pool.context; measured > 0 && c.need.Context > 0 {
+		c.need.Context = measured // what it takes on this machine, rather than on others
+	}
 	if len(views) == 1 {
 		c.shares[0].need = c.need
 		if c.shares[0].pool != c.manager.host {
@@ -186,6 +189,16 @@ func (c *KVCache) divide(views []view) {
 		need.Outside = 0
 		c.shares[i].need = need
 	}
+}
+
+// shareOf is what the model is to have on a device.
+func (c *KVCache) shareOf(p *pool) Need {
+	for _, s := range c.shares {
+		if s.pool == p {
+			return s.need
+		}
+	}
+	return c.need
 }
 
 // mainPools are the devices that the model sleeps and wakes on.

@@ -66,6 +66,23 @@ func TestSharesOfSeveralDevices(t *testing.T) {
 	})
 }
 
+// What a child measured of its context stands in for what was assumed.
+func TestContextAsMeasured(t *testing.T) {
+	onGPUs(t, 800, func(w *world) {
+		a := w.loadOn("a", Need{Weights: 100, Context: 50}, twoGPUs[0])
+		w.gpu(0).set(a.Slot(), func(s *Slot) { s.Fixed, s.Context = 30, 30 })
+		synctest.Wait()
+		b := w.loadOn("b", Need{Weights: 100, Context: 50}, twoGPUs[0])
+		if s := w.slot(b); s.Lease != 130 || s.Fixed != 30 || b.Need().Context != 30 {
+			w.Errorf("%+v", s)
+		}
+		c := w.load("c", Need{Weights: 100}) // none in host memory
+		if s := w.slot(c); s.Lease != 100 {
+			w.Errorf("%+v", s)
+		}
+	})
+}
+
 func TestEnvironmentOfSeveralDevices(t *testing.T) {
 	onGPUs(t, 800, func(w *world) {
 		w.loadOn("x", Need{Weights: 10}, twoGPUs[1])

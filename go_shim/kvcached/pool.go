@@ -34,6 +34,7 @@ type pool struct {
 
 	limit   uint64 // holds while none is set in the ledger
 	source  string // who says so
+	context uint64 // what a child measured of its own; 0: none did yet
 	changed bool   // the limit was last set through the ledger
 	queue   []*demand
 	waking  *demand
@@ -186,6 +187,9 @@ func (p *pool) see(slots []Slot, own, all Limit) view {
 		if s.Group == m.group {
 			bySlot[s.Index] = s
 			v.charge += s.Charge
+			if s.Context > 0 {
+				p.context = s.Context
+			}
 			v.charges = append(v.charges, Charge{Model: s.Name, Bytes: s.Charge})
 		}
 	}

@@ -115,6 +115,8 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 				room -= it.need
 			}
 		case blocked:
+		case !d.wake && v.limit != NoLimit && p.manager.loads():
+			// Loads follow each other, and one that has begun may lack room yet: no other's lease is to be in its way.
 		case d.wake && d.cache.sleeping != 0, d.wake && p.waking != nil && p.waking != d:
 			blocked = true
 		case d.after > v.now:
@@ -351,15 +353,6 @@ func (p *pool) stuck(it item, v view) time.Duration {
 		p.kick()
 	}
 	return pollEvery
-}
-
-func (c *KVCache) shareOf(p *pool) Need {
-	for _, s := range c.shares {
-		if s.pool == p {
-			return s.need
-		}
-	}
-	return c.need
 }
 
 func (it item) stuckSince() *time.Duration {

@@ -54,6 +54,23 @@ func (c *KVCache) parked() bool {
 
 func (c *KVCache) draining() bool { return c.any(func(p *part) bool { return p.draining }) }
 
+// loads says whether a model was admitted, or is about to be, that no request has held yet. Held: mu.
+func (m *Manager) loads() bool {
+	for c := range m.caches {
+		if !c.used {
+			return true
+		}
+	}
+	for _, p := range m.pools {
+		for _, d := range p.queue {
+			if !d.wake && d.running {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // inUse says whether the model must not be disturbed: it loads, a request has it, or its child says that it works.
 func (c *KVCache) inUse() bool {
 	return !c.used || c.inFlight() > 0 || c.any(func(p *part) bool {

@@ -107,6 +107,11 @@ func (c *KVCache) Begin() {
 		c.began = m.library.Monotonic()
 	}
 	c.refs++
+	if !c.used {
+		for _, p := range m.pools {
+			p.kick() // the next may load
+		}
+	}
 	c.used, c.timerUp = true, false
 }
 

@@ -345,24 +345,6 @@ func TestAwakeEndsWithItsContext(t *testing.T) {
 	})
 }
 
-func TestAdmitEndsWithItsContext(t *testing.T) {
-	inWorld(t, 100, func(w *world) {
-		a := w.load("a", Need{Weights: 60})
-		a.Begin()
-		start := time.Now()
-		if c, err := w.admit("b", Request{Need: Need{Weights: 60}}, time.Minute); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) != time.Minute {
-			w.Errorf("%v, %v after %v", c, err, time.Since(start))
-		}
-		w.idle()
-		a.End()
-		time.Sleep(5 * time.Second)
-		w.expect()
-		if len(w.l.slots) != 1 {
-			w.Errorf("%+v", w.l.slots)
-		}
-	})
-}
-
 func TestAnEndedModelIsNotWaitedFor(t *testing.T) {
 	inWorld(t, 100, func(w *world) {
 		list := w.asleepAll("a", "b")
