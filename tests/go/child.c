@@ -1,13 +1,10 @@
 /*
- * What llama-server's glue does with the slot it is given, for the tests of
- * package kvcached: opens the slot that KVCACHED_LEASES names for the host,
- * reserves 1 GiB of KV and maps argv[1] bytes of it, then argv[2] bytes of
- * weights and argv[3] of compute buffers in full, says so, and does what it is
- * told by its standard input until that ends:
+ * What llama-server's glue does with the slot it is given, for the tests of package kvcached: opens the slot
+ * that KVCACHED_LEASES names for the host, reserves 1 GiB of KV and maps argv[1] bytes of it, then argv[2]
+ * bytes of weights and argv[3] of compute buffers in full, says so, and does what its standard input says:
  *
- *   grow N    inside the gate: N more bytes of KV, filled with a pattern "grown
- * TOTAL" or "failed ERROR" check     inside the gate: whether all content is as
- * it was left          "intact" or "damaged AT"
+ *   grow N   inside the gate, N more bytes of KV: "grown TOTAL" or "failed ERROR"
+ *   check    inside the gate, whether all content is as it was left: "intact" or "damaged KIND AT"
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,15 +21,12 @@ static const char *variable(const char *name) {
   return value;
 }
 
-/* Fills options from the host's entry, device,slot,limit,ledger, which may be
- * followed by others. */
+/* Fills options from the host's entry, device,slot,limit,ledger, which may be followed by others. */
 static void take_lease(kvcached_options_t *options, char *leases) {
   for (char *entry = strtok(leases, ";"); entry; entry = strtok(NULL, ";")) {
     static char path[KVCACHED_PATH_MAX * 4];
     unsigned long long limit;
-    if (sscanf(entry, "host,%d,%llu,%511[^;]", &options->slot, &limit, path) !=
-        3)
-      continue;
+    if (sscanf(entry, "host,%d,%llu,%511[^;]", &options->slot, &limit, path) != 3) continue;
     options->limit = limit;
     options->ledger_path = path;
     return;
@@ -41,25 +35,20 @@ static void take_lease(kvcached_options_t *options, char *leases) {
   exit(2);
 }
 
-static unsigned char pattern(int kind, size_t at) {
-  return (unsigned char)(at / 4096 * 7 + at + 31u * kind);
-}
+static unsigned char pattern(int kind, size_t at) { return (unsigned char)(at / 4096 * 7 + at + 31u * kind); }
 
 static void fill(kvcached_region_t region, int kind, size_t from, size_t to) {
   unsigned char *base = kvcached_region_base(region);
-  for (size_t at = from; at < to; ++at)
-    base[at] = pattern(kind, at);
+  for (size_t at = from; at < to; ++at) base[at] = pattern(kind, at);
 }
 
 int main(int argc, char **argv) {
-  if (argc != 4)
-    return 2;
+  if (argc != 4) return 2;
   kvcached_options_t options;
   kvcached_options_init(&options);
   take_lease(&options, strdup(variable("KVCACHED_LEASES")));
   options.group = variable("KVCACHED_GROUP");
-  options.group_wait_ms =
-      (uint32_t)strtoul(variable("KVCACHED_ROOM_WAIT_MS"), NULL, 10);
+  options.group_wait_ms = (uint32_t)strtoul(variable("KVCACHED_ROOM_WAIT_MS"), NULL, 10);
 
   kvcached_ctx_t context;
   kvcached_region_t regions[3];
@@ -67,15 +56,10 @@ int main(int argc, char **argv) {
   int failed = kvcached_open(&options, &context);
   for (int kind = KVCACHED_KV; !failed && kind <= KVCACHED_SCRATCH; ++kind) {
     sizes[kind] = strtoull(argv[1 + kind], NULL, 10);
-    if (sizes[kind] == 0)
-      continue;
-    failed =
-        kvcached_reserve(context, kind,
-                         kind == KVCACHED_KV ? (size_t)1 << 30 : sizes[kind],
-                         &regions[kind]) ||
-        kvcached_ensure(regions[kind], 0, sizes[kind]);
-    if (!failed)
-      fill(regions[kind], kind, 0, sizes[kind]);
+    if (sizes[kind] == 0) continue;
+    failed = kvcached_reserve(context, kind, kind == KVCACHED_KV ? (size_t)1 << 30 : sizes[kind], &regions[kind]) ||
+             kvcached_ensure(regions[kind], 0, sizes[kind]);
+    if (!failed) fill(regions[kind], kind, 0, sizes[kind]);
   }
   if (failed) {
     fprintf(stderr, "child: %s\n", kvcached_last_error());
@@ -93,8 +77,7 @@ int main(int argc, char **argv) {
       if (kvcached_ensure(regions[KVCACHED_KV], sizes[KVCACHED_KV], more)) {
         printf("failed %s\n", kvcached_last_error());
       } else {
-        fill(regions[KVCACHED_KV], KVCACHED_KV, sizes[KVCACHED_KV],
-             sizes[KVCACHED_KV] + more);
+        fill(regions[KVCACHED_KV], KVCACHED_KV, sizes[KVCACHED_KV], sizes[KVCACHED_KV] + more);
         sizes[KVCACHED_KV] += more;
         printf("grown %zu\n", sizes[KVCACHED_KV]);
       }
@@ -102,11 +85,9 @@ int main(int argc, char **argv) {
     } else {
       const char *damaged = NULL;
       size_t where = 0;
-      for (int kind = KVCACHED_KV; kind <= KVCACHED_WEIGHTS && !damaged;
-           ++kind) /* compute buffers are dropped */
+      for (int kind = KVCACHED_KV; kind <= KVCACHED_WEIGHTS && !damaged; ++kind) /* compute buffers are dropped */
         for (size_t at = 0; at < sizes[kind] && !damaged; ++at)
-          if (((unsigned char *)kvcached_region_base(regions[kind]))[at] !=
-              pattern(kind, at))
+          if (((unsigned char *)kvcached_region_base(regions[kind]))[at] != pattern(kind, at))
             damaged = kind == KVCACHED_KV ? "KV" : "weights", where = at;
       if (damaged)
         printf("damaged %s %zu\n", damaged, where);
