@@ -57,7 +57,8 @@ int main(int argc, char **argv) {
   for (int kind = KVCACHED_KV; !failed && kind <= KVCACHED_SCRATCH; ++kind) {
     sizes[kind] = strtoull(argv[1 + kind], NULL, 10);
     if (sizes[kind] == 0) continue;
-    failed = kvcached_reserve(context, kind, kind == KVCACHED_KV ? (size_t)1 << 30 : sizes[kind], &regions[kind]) ||
+    failed = kvcached_reserve(context, kind, kind == KVCACHED_KV ? (size_t)1 << 30 : sizes[kind],
+                              &regions[kind]) ||
              kvcached_ensure(regions[kind], 0, sizes[kind]);
     if (!failed) fill(regions[kind], kind, 0, sizes[kind]);
   }
@@ -85,7 +86,8 @@ int main(int argc, char **argv) {
     } else {
       const char *damaged = NULL;
       size_t where = 0;
-      for (int kind = KVCACHED_KV; kind <= KVCACHED_WEIGHTS && !damaged; ++kind) /* compute buffers are dropped */
+      /* compute buffers are dropped by a sleep */
+      for (int kind = KVCACHED_KV; kind <= KVCACHED_WEIGHTS && !damaged; ++kind)
         for (size_t at = 0; at < sizes[kind] && !damaged; ++at)
           if (((unsigned char *)kvcached_region_base(regions[kind]))[at] != pattern(kind, at))
             damaged = kind == KVCACHED_KV ? "KV" : "weights", where = at;
