@@ -150,6 +150,9 @@ func (d *demand) needOn(p *pool) int64 {
 	}
 	if part := d.cache.on(p); part != nil && part.there {
 		// What a parked claim lacks has what sleeps in it, once its child has looked again.
+		if d.bare {
+			return toRoom(part.seen.Asleep)
+		}
 		if part.seen.Wants < part.seen.Asleep {
 			return toRoom(part.seen.Asleep) + toRoom(part.seen.Wants)
 		}
@@ -287,42 +290,6 @@ func (p *pool) turn(it item, st standing, v view) bool {
 	return false
 }
 
-// drain has models that are in use take no further requests ahead of a demand that has waited long enough.
-func (p *pool) drain(it item, st standing, v view, lacks int64) time.Duration {
-	if it.demand == nil {
-		return pollEvery
-	}
-	if waited := v.now - it.demand.since; waited < patience {
-		return patience - waited
-	}
-	for _, part := range st.working {
-		c := part.cache
-		if lacks <= 0 {
-			break
-		}
-		if !c.used || part.frees() == 0 || c.wake != nil && c.wake.running || c.lastWoke()+awakeAtLeast > v.now && c.lastWoke() > 0 {
-			continue
-		}
-		if !part.draining {
-			slog.Info("kvcached: new requests wait behind another model's", "model", c.name, "for", it.demand.cache.name,
-				"waited", v.now-it.demand.since)
-		}
-		part.draining = true
-		lacks -= toRoom(part.frees())
-	}
-	return pollEvery
-}
-
-// stopDraining lets requests of models that were held back through.
-func (p *pool) stopDraining() {
-	for _, part := range p.parts {
-		if part.draining {
-			part.draining = false
-			p.kick()
-		}
-	}
-}
-
 // stuck deals with somebody whom nothing can help that this server decides about: a model that can spill gets what there
 // is, others are refused.
 func (p *pool) stuck(it item, v view) time.Duration {
@@ -341,6 +308,10 @@ func (p *pool) stuck(it item, v view) time.Duration {
 	switch {
 	case d == nil:
 		p.manager.refuse(it.part, v)
+	case d.turn && !d.bare:
+		// Not with what its claim lacks: let it wake without, to fail as it would have.
+		d.bare = true
+		p.kick()
 	case d.wake:
 		err := p.refusal(d.cache.name, Need{Weights: uint64(it.need)}, v)
 		d.finish(&WakeError{Model: d.cache.name, Err: err})

@@ -22,6 +22,7 @@ type demand struct {
 	cache  *KVCache
 	wake   bool
 	turn   bool // the child's own claim waits: it was put to sleep so that another could go on
+	bare   bool // and cannot be had: the child wakes without
 	since  time.Duration
 	serial uint64
 	pools  []*pool

@@ -226,7 +226,7 @@ func TestAParkedModelGivesWayToWhoCameBefore(t *testing.T) {
 		if err := <-grown; !errors.Is(err, ErrLimit) {
 			w.Error(err)
 		}
-		w.expect("sleep a", "refuse b")
+		w.expect("sleep a", "wake b", "refuse b")
 		w.idle()
 	})
 }

@@ -1,6 +1,7 @@
 package kvcached
 
 import (
+	"log/slog"
 	"math"
 	"slices"
 	"time"
@@ -76,4 +77,40 @@ func (p *pool) pending() int64 {
 		}
 	}
 	return sum
+}
+
+// drain has models that are in use take no further requests ahead of a demand that has waited long enough.
+func (p *pool) drain(it item, st standing, v view, lacks int64) time.Duration {
+	if it.demand == nil {
+		return pollEvery
+	}
+	if waited := v.now - it.demand.since; waited < patience {
+		return patience - waited
+	}
+	for _, part := range st.working {
+		c := part.cache
+		if lacks <= 0 {
+			break
+		}
+		if !c.used || part.frees() == 0 || c.wake != nil && c.wake.running || c.lastWoke()+awakeAtLeast > v.now && c.lastWoke() > 0 {
+			continue
+		}
+		if !part.draining {
+			slog.Info("kvcached: new requests wait behind another model's", "model", c.name, "for", it.demand.cache.name,
+				"waited", v.now-it.demand.since)
+		}
+		part.draining = true
+		lacks -= toRoom(part.frees())
+	}
+	return pollEvery
+}
+
+// stopDraining lets requests of models that were held back through.
+func (p *pool) stopDraining() {
+	for _, part := range p.parts {
+		if part.draining {
+			part.draining = false
+			p.kick()
+		}
+	}
 }
