@@ -63,6 +63,58 @@ TEST(park_order, the_younger_one_does_not_wait_for_ever) {
   house_end(&h);
 }
 
+/* ---- several devices ---- */
+
+typedef struct two_houses {
+  house a, b;
+} two_houses;
+static two_houses pair;
+
+/* Inside both, it waits in the first. */
+static int in_both(house *unused) {
+  (void)unused;
+  CHECK_OK(kvcached_enter(pair.b.ctx));
+  CHECK_OK(kvcached_enter(pair.a.ctx));
+  CHECK_OK(kvcached_enter(pair.b.ctx));
+  int err = more(&pair.a);
+  CHECK_EQ(asleep(pair.b.ctx), 0);
+  CHECK(filled(pair.b.r, 6, 70));
+  CHECK_OK(kvcached_leave(pair.b.ctx));
+  CHECK_OK(kvcached_leave(pair.a.ctx));
+  CHECK_EQ(slot_in(pair.b.path, pair.b.slot).inside, 1);
+  CHECK_OK(kvcached_leave(pair.b.ctx));
+  return err;
+}
+
+/* With two ledgers, as of two GPUs: what it has on the other one may be had meanwhile. */
+TEST(park_order, gates_of_other_devices_are_left_too) {
+  call c;
+  pair = (two_houses){.a = house_build("gpu-a", 4), .b = house_build("gpu-b", 14)};
+  fill(pair.b.r, 6, 70);
+  call_start(&c, &pair.a, in_both);
+  WAIT_FOR(shown(&pair.a).parked == 1);
+  WAIT_FOR(shown(&pair.b).parked == 1);
+  CHECK_EQ(shown(&pair.b).inside, 0);
+  CHECK_EQ(shown(&pair.b).wants, 0);
+  uint64_t freed;
+  CHECK_OK(kvcached_ledger_command(pair.b.l, pair.b.slot, KVCACHED_CMD_SLEEP, 5000, &freed));
+  CHECK_EQ(freed, 6 * pair.b.page);
+  CHECK_OK(kvcached_ensure(pair.b.theirs, 0, 20 * pair.b.page)); /* and is */
+  (void)go_to_sleep(pair.a.other, KVCACHED_ALL_KINDS);
+  /* It waits to wake there now, out of both. */
+  WAIT_FOR(shown(&pair.b).wants == 6 * pair.b.page);
+  WAIT_FOR(shown(&pair.a).inside == 0);
+  CHECK_OK(kvcached_ledger_command(pair.a.l, pair.a.slot, KVCACHED_CMD_TRIM, 5000, NULL));
+  (void)go_to_sleep(pair.b.other, KVCACHED_ALL_KINDS);
+  CHECK_OK(kvcached_ledger_command(pair.b.l, pair.b.slot, KVCACHED_CMD_WAKE, 5000, NULL));
+  CHECK_OK(call_result(&c));
+  CHECK_EQ(shown(&pair.a).parked, 0);
+  CHECK_EQ(shown(&pair.b).parked, 0);
+  CHECK_EQ(shown(&pair.a).charge, 18 * pair.a.page);
+  house_end(&pair.a);
+  house_end(&pair.b);
+}
+
 /* ---- a device that is short ---- */
 
 /* Not a limit, the driver has no more: with a card of its own, which only the fake driver has. */

@@ -276,8 +276,9 @@ KVCACHED_API int kvcached_set_fixed(kvcached_ctx_t ctx, uint64_t bytes);
  * (E_NOMEM) after group_wait_ms, on KVCACHED_CMD_REFUSE, when the lessor is gone, when the context is shut
  * down, and at once where what the context has and lacks is more than the limit alone. A call that fails
  * inside the gate first has everything awake again, which may take that time once more; if that fails too,
- * the last error says so, and regions sleep until the next enter. The gates of other contexts that the thread
- * is inside are not left. The library's own threads never wait so, nor does a reload function.
+ * the last error says so, and regions sleep until the next enter. The gates of other
+ * contexts with a group_wait_ms that the thread is inside are left and entered again in the same way. The
+ * library's own threads never wait so, nor does a reload function.
  */
 
 /* Enters, shared with other threads, and wakes whatever sleeps. Waits for a sleep or trim under way. A thread

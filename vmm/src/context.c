@@ -245,6 +245,7 @@ static int open_all(struct kvcached_ctx *ctx) {
   kvc_log(ctx, KVCACHED_LOG_INFO, "%s: pages of %zu and %zu bytes, group %s, slot %d of %s",
           ctx->device->name, ctx->device->page_size, ctx->device->large_page, group, ctx->slot,
           kvcached_ledger_path(ctx->ledger));
+  kvc_ledger_set_owner(ctx->ledger, ctx);
   log_strangers(ctx);
   kvc_measure(ctx);
   return o->flags & KVCACHED_NO_CONTROL ? KVCACHED_OK : kvc_control_start(ctx);

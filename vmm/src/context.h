@@ -9,7 +9,8 @@
  *   pool.c      handles without an address            ahead.c     look-ahead
  *   access.c    read, write, clear; alloc and free    worker.c    the helper thread, idle time
  *   process.c   which process this is                 control.c   the thread that answers commands
- *   park.c      waiting for the lessor to make room   measure.c   what the process holds beside the pages
+ *   park.c      waiting for the lessor to make room
+ *   measure.c   what the process holds on the device beside the pages
  *
  * Locks, in the order they are taken: the gate (shared or alone), then ctx->mutex, then those of the ledger.
  * Whoever holds the mutex never waits for the gate. Driver calls are made with the mutex held, but those of
@@ -109,6 +110,7 @@ struct kvcached_ctx {
   _Atomic int stopping;
   kvc_parking *parkings;     /* calls that wait for room, or try after they did */
   uint32_t parked;           /* threads that wait */
+  uint32_t away;             /* threads that wait so elsewhere, and have left this gate for it */
   uint64_t wants;            /* bytes that they lack */
   _Atomic uint32_t refusals; /* how often the lessor refused */
   int fell;                  /* the claim has fallen since kvc_ring_fallen */

@@ -42,7 +42,8 @@ static int carry_out(struct kvcached_ctx *ctx, int command, uint64_t *freed) {
       if (!err) {
         err = command == KVCACHED_CMD_TRIM ? trim_alone(ctx, freed)
                                            : kvc_sleep_alone(ctx, KVCACHED_ALL_KINDS, freed);
-        if (command == KVCACHED_CMD_SLEEP && ctx->parkings && atomic_load(&ctx->asleep) > 0) ctx->told = 1;
+        if (command == KVCACHED_CMD_SLEEP && (ctx->parkings || ctx->away) && atomic_load(&ctx->asleep) > 0)
+          ctx->told = 1;
         (void)pthread_mutex_unlock(&ctx->mutex);
       }
       kvc_gate_unlock(&ctx->gate);

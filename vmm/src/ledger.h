@@ -24,6 +24,12 @@ static inline uint64_t kvc_sat_add(uint64_t a, uint64_t b) { return a > UINT64_M
 /* Opens the ledger at path. */
 int kvc_ledger_open(const char *path, kvcached_ledger_t *out);
 
+/* The context that uses a handle, from then until the handle is closed. */
+struct kvcached_ctx;
+void kvc_ledger_set_owner(kvcached_ledger_t ledger, struct kvcached_ctx *owner);
+/* Those of this process that are `wanted`, which may not block: at most n into out. Returns how many. */
+size_t kvc_ledger_owners(int (*wanted)(const struct kvcached_ctx *ctx), struct kvcached_ctx **out, size_t n);
+
 /* Takes a free slot as its user. E_FULL. */
 int kvc_ledger_take(kvcached_ledger_t ledger, const char *group, const char *name, int *slot);
 

@@ -58,7 +58,7 @@ static uint64_t growth(const struct kvcached_ctx *ctx, const lack *l) {
 static uint64_t minus(uint64_t a, uint64_t b) { return a > b ? a - b : 0; }
 
 void kvc_publish_wants(struct kvcached_ctx *ctx) {
-  kvc_want want = {.parked = ctx->parked};
+  kvc_want want = {.parked = ctx->parked + ctx->away};
   kvc_account a;
   lack all = {0};
   for (const kvc_parking *p = ctx->parkings; p; p = p->next) {
@@ -127,10 +127,77 @@ static verdict look(struct kvcached_ctx *ctx, kvc_parking *p, const char **why) 
   return is_its_turn(ctx, p, lacks, room) ? TRY : WAIT;
 }
 
+/* ---- other gates ---- */
+
+/* One call of a program may be inside the gates of several devices. Waiting in one of them it leaves the
+   others too: or what it holds there could not be had, and who has it to give up waits for this one. */
+
+enum { OTHERS = 16 };
+
+typedef struct outing {
+  struct kvcached_ctx *ctx;
+  uint64_t depth;
+} outing;
+
+static _Thread_local int coming_back;
+
+static int can_park(const struct kvcached_ctx *ctx) {
+  return ctx->options.group_wait_ms > 0 && ctx->options.slot >= 0 && ctx->ledger;
+}
+
+static void count_away(struct kvcached_ctx *ctx, int more) {
+  (void)pthread_mutex_lock(&ctx->mutex);
+  ctx->away += (uint32_t)more;
+  kvc_publish_wants(ctx);
+  (void)pthread_mutex_unlock(&ctx->mutex);
+}
+
+static int is_entered(const struct kvcached_ctx *ctx) {
+  return can_park(ctx) && kvc_gate_is_inside(&ctx->gate);
+}
+
+/* The calling thread has left the gate of the context that it waits in. */
+static size_t leave_others(outing out[OTHERS]) {
+  struct kvcached_ctx *entered[OTHERS];
+  size_t n = kvc_ledger_owners(is_entered, entered, OTHERS);
+  for (size_t i = 0; i < n; i++) {
+    uint32_t inside = 0;
+    out[i].ctx = entered[i];
+    count_away(entered[i], 1);
+    kvc_gate_step_out(&entered[i]->gate, &out[i].depth, &inside);
+    kvc_mark_inside(entered[i], inside);
+  }
+  return n;
+}
+
+/* Inside them again, and all awake. Waking may wait for room, out of all gates again: who comes back from the
+   first wait sees to it that all are awake at the end. */
+static int return_to_others(const outing *out, size_t n) {
+  uint32_t inside;
+  for (size_t i = 0; i < n; i++) {
+    kvc_gate_step_in(&out[i].ctx->gate, out[i].depth, &inside);
+    kvc_mark_inside(out[i].ctx, inside);
+    count_away(out[i].ctx, -1);
+  }
+  if (coming_back) return KVCACHED_OK;
+  int err = KVCACHED_OK;
+  coming_back = 1;
+  for (size_t i = 0; i < n && !err;) {
+    struct kvcached_ctx *c = out[i++].ctx;
+    if (atomic_load(&c->asleep) == 0) continue;
+    (void)pthread_mutex_lock(&c->mutex);
+    err = kvc_wake(c, KVCACHED_ALL_KINDS);
+    (void)pthread_mutex_unlock(&c->mutex);
+    i = 0; /* others may have been put to sleep meanwhile */
+  }
+  coming_back = 0;
+  return err;
+}
+
 /* ---- waiting ---- */
 
 static int may_park(struct kvcached_ctx *ctx, const kvc_parking *p, int err) {
-  if (ctx->options.group_wait_ms == 0 || ctx->options.slot < 0 || !ctx->ledger || never) return 0;
+  if (!can_park(ctx) || never) return 0;
   if (kvc_in_reload()) return 0; /* another context's mutex is held */
   if (err == KVCACHED_E_LIMIT) return 1;
   if (err != KVCACHED_E_NOMEM) return 0;
@@ -184,17 +251,25 @@ int kvc_park(struct kvcached_ctx *ctx, kvc_parking *p, int err) {
   if (v != GIVE_UP) {
     uint64_t depth;
     uint32_t inside = 0;
+    outing others[OTHERS];
     ctx->parked++;
     kvc_publish_wants(ctx);
     if (!again) note(ctx, p, &d);
     (void)pthread_mutex_unlock(&ctx->mutex);
     kvc_gate_step_out(&ctx->gate, &depth, &inside);
     if (depth > 0) kvc_mark_inside(ctx, inside);
+    size_t n = leave_others(others);
     /* The sums said that it fits, and the claim was refused: not again at once. */
     if (again && v == TRY) (void)nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
     v = wait_for_room(ctx, p, &why);
     kvc_gate_step_in(&ctx->gate, depth, &inside);
     if (depth > 0) kvc_mark_inside(ctx, inside);
+    if (return_to_others(others, n)) {
+      kvc_log(ctx, KVCACHED_LOG_ERROR, "another context that is entered stays asleep: %s",
+              kvcached_last_error());
+      v = GIVE_UP;
+      why = "another context that this thread is inside could not be woken";
+    }
     (void)pthread_mutex_lock(&ctx->mutex);
     ctx->parked--;
     (void)pthread_cond_broadcast(&ctx->busy_cond); /* a shutdown waits for it */
