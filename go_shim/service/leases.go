@@ -25,6 +25,10 @@ func (h *holder) String() string {
 
 type holderKey struct{}
 
+func withHolder(ctx context.Context, h *holder) context.Context {
+	return context.WithValue(ctx, holderKey{}, h)
+}
+
 func holderOf(ctx context.Context) (*holder, error) {
 	h, ok := ctx.Value(holderKey{}).(*holder)
 	if !ok {

@@ -61,7 +61,7 @@ func NewServer(service *Service, policy Policy) *Server {
 		Protocols:         new(http.Protocols),
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			ctx = context.WithValue(ctx, holderKey{}, c.(*connection).holder)
+			ctx = withHolder(ctx, c.(*connection).holder)
 			return context.WithValue(ctx, openKey{}, &s.open)
 		},
 		ErrorLog: log.New(quiet{}, "", 0),

@@ -214,7 +214,7 @@ func (b *bell) over() bool {
 
 func (b *bell) listen(d *device) {
 	var seen uint32
-	for first := true; !b.over(); first = false {
+	for !b.over() {
 		now, err := d.current().Wait(seen, time.Second)
 		if err != nil {
 			// Streams still come once an interval.
@@ -222,8 +222,8 @@ func (b *bell) listen(d *device) {
 			time.Sleep(time.Second)
 			continue
 		}
-		if now != seen && !first {
-			b.ring()
+		if now != seen {
+			b.ring() // the first time, too: it may have rung since the watcher's look
 		}
 		seen = now
 	}
