@@ -55,7 +55,7 @@ func (m *Manager) Admit(ctx context.Context, r Request) (*KVCache, error) {
 		}
 		if taken {
 			slog.Info("kvcached: admitted", "model", c.name, "need", FormatSize(c.need.Total()), "lease", FormatSize(c.leased()),
-				"devices", len(c.shares), "waited", m.library.Monotonic()-since)
+				"charged", FormatSize(d.charged), "limit", sizeOrNone(d.limit), "devices", len(c.shares), "waited", m.library.Monotonic()-since)
 			return c, nil
 		}
 	}

@@ -15,6 +15,8 @@ const (
 	settled = time.Second
 	// awakeAtLeast is how long nobody is put to sleep who has just been woken.
 	awakeAtLeast = 2 * time.Second
+	// sleepCounts is how long a sleep under way is taken for room to come.
+	sleepCounts = 15 * time.Second
 	// contextPatience is how long a model waits for others that are in use before sleepers are unloaded for it.
 	contextPatience = 2 * time.Second
 	// patience is how long a model at the head of the queue waits for others that are in use, before they get no further

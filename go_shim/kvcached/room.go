@@ -126,7 +126,7 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 			d.finish(nil) // it was only held back, or woke by itself
 		case it.need <= room && !d.short:
 			room -= it.need
-			p.grant(d)
+			p.grant(d, v)
 		default:
 			blocked = true
 			d.granted[p] = false
@@ -162,9 +162,10 @@ func (d *demand) needOn(p *pool) int64 {
 }
 
 // grant says that there is room for a demand on a device, and starts it when there is on all of its devices.
-func (p *pool) grant(d *demand) {
+func (p *pool) grant(d *demand, v view) {
 	m := p.manager
 	d.granted[p] = true
+	d.charged, d.limit = v.charge, v.limit
 	if d.wake {
 		p.waking = d
 	}
@@ -194,7 +195,8 @@ func (p *pool) grant(d *demand) {
 func (p *pool) help(it item, v view) time.Duration {
 	m := p.manager
 	it.tell(p, v)
-	lacks := it.shortage - p.pending()
+	pending, _ := p.pending(v.now)
+	lacks := it.shortage - pending
 	if lacks <= 0 {
 		it.moving(v.now)
 		return pollEvery
@@ -235,7 +237,8 @@ func (p *pool) help(it item, v view) time.Duration {
 	for _, part := range st.woken {
 		soon += toRoom(part.frees())
 	}
-	moves := len(st.working) > 0 || p.pending() > 0 || st.later != math.MaxInt64
+	_, moves := p.pending(v.now)
+	moves = moves || len(st.working) > 0 || st.later != math.MaxInt64
 	hurry := it.demand == nil || v.now-it.demand.since >= contextPatience
 	enough := ends > 0 && lacks <= ends && lacks > soon && (hurry || !moves)
 	if !moves && !enough && p.turn(it, st, v) {

@@ -175,6 +175,36 @@ func TestVictimsThatDoNotSleep(t *testing.T) {
 	})
 }
 
+// A child that hangs as it is to sleep is not waited for longer than a sleep takes.
+func TestVictimThatHangs(t *testing.T) {
+	inWorld(t, 100, func(w *world) {
+		a := w.load("a", Need{Weights: 40})
+		time.Sleep(5 * time.Second)
+		w.load("b", Need{Weights: 40})
+		time.Sleep(5 * time.Second)
+		w.l.mu.Lock()
+		w.l.answer = func(name string, command Command) error {
+			if name == "a" {
+				time.Sleep(sleepWait)
+				return ErrTimeout
+			}
+			return nil
+		}
+		w.l.mu.Unlock()
+		start := time.Now()
+		w.load("c", Need{Weights: 40})
+		if waited := time.Since(start); waited < sleepCounts || waited > sleepCounts+2*time.Second {
+			w.Errorf("waited %v", waited)
+		}
+		w.expect("sleep a", "sleep b")
+		if a.State() != StateSleeping {
+			w.Errorf("a is %s", a.State())
+		}
+		time.Sleep(sleepWait)
+		w.idle()
+	})
+}
+
 func TestTimers(t *testing.T) {
 	inWorld(t, 1000, func(w *world) {
 		a, b := w.load("a", Need{Weights: 50}), w.load("b", Need{Weights: 50})

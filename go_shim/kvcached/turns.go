@@ -36,6 +36,8 @@ type demand struct {
 	short   bool          // the device itself had no room, whatever the limit says
 	stuck   time.Duration // since when nothing is left that could help
 	told    bool          // that it waits was logged
+	charged uint64        // when there was room, for the log; and the limit then
+	limit   uint64
 
 	ready chan struct{} // admission: there is room everywhere; holds one
 	done  chan struct{}
@@ -236,7 +238,7 @@ func (m *Manager) runWake(d *demand, parts []*part, bytes uint64) {
 	case err == nil:
 		c.woke, c.slept = now, 0
 		d.finish(nil)
-		slog.Info("kvcached: woke", "model", c.name, "need", FormatSize(bytes), "waited", start-d.since, "took", now-start)
+		slog.Info("kvcached: woke", "model", c.name, "need", FormatSize(bytes), "charged", FormatSize(d.charged), "limit", sizeOrNone(d.limit), "waited", start-d.since, "took", now-start)
 	case errors.Is(err, ErrSlot):
 		d.finish(&EndedError{Model: c.name})
 	case errors.Is(err, ErrLimit), errors.Is(err, ErrShort), errors.Is(err, ErrBusy):

@@ -61,22 +61,28 @@ func (p *pool) stand(now time.Duration) standing {
 	return st
 }
 
-// pending is what things under way will free.
-func (p *pool) pending() int64 {
-	var sum int64
+// pending is what things under way will free, and whether there are any. A sleep that takes very long is not counted on: its
+// child may hang.
+func (p *pool) pending(now time.Duration) (bytes int64, moves bool) {
 	for _, part := range p.parts {
 		c := part.cache
 		switch {
 		case c.unloading != 0:
-			sum += toRoom(part.seen.Charge)
+			bytes += toRoom(part.seen.Charge)
 		case !part.main:
+			continue
 		case c.sleeping != 0:
-			sum += toRoom(part.frees())
+			if now-c.sleeping < sleepCounts {
+				bytes += toRoom(part.frees())
+			}
 		case c.trimming:
-			sum += toRoom(part.spare())
+			bytes += toRoom(part.spare())
+		default:
+			continue
 		}
+		moves = true
 	}
-	return sum
+	return bytes, moves
 }
 
 // drain has models that are in use take no further requests ahead of a demand that has waited long enough.
