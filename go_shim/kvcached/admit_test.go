@@ -68,3 +68,48 @@ func TestAdmitEndsWithItsContext(t *testing.T) {
 		}
 	})
 }
+
+// Somebody else takes the room between the look and the lease: the model keeps its place, and half a lease does not stay.
+func TestRoomThatIsGoneAgain(t *testing.T) {
+	onGPUs(t, 800, func(w *world) {
+		w.gpu(1).leases = []error{ErrLimit, ErrLimit}
+		start := time.Now()
+		c := w.loadOn("a", Need{Weights: 400}, twoGPUs...)
+		if took := time.Since(start); took < 100*time.Millisecond || took > time.Second {
+			w.Errorf("after %v", took)
+		}
+		if len(w.gpu(0).slots) != 1 || len(w.gpu(1).slots) != 1 || w.m.ByModel("a") != c || w.m.ByModel("b") != nil {
+			w.Errorf("%+v, %+v", w.gpu(0).slots, w.gpu(1).slots)
+		}
+
+		full := &LibraryError{Name: "KVCACHED_E_FULL", Text: "the ledger has no free slot"}
+		w.gpu(1).leases = []error{full}
+		if _, err := w.admit("b", Request{Need: Need{Weights: 40}, Devices: twoGPUs}, time.Hour); !errors.Is(err, full) {
+			w.Errorf("%v", err)
+		}
+		if len(w.gpu(0).slots) != 1 {
+			w.Errorf("%+v", w.gpu(0).slots)
+		}
+		w.idle()
+	})
+}
+
+func TestADeviceOfWhichMoreIsKnownLater(t *testing.T) {
+	onGPUs(t, NoLimit, func(w *world) {
+		w.m.SetRoomWait(7 * time.Second)
+		third := Device{ID: "0000:03:00.0", Name: "CUDA2"}
+		w.m.library.(*fakeLibrary).others["/dev/shm/fake.0000:03:00.0"] = newFakeLedger("/dev/shm/fake.0000:03:00.0")
+		if limit, _, err := w.m.Budget(third); limit != NoLimit || err != nil {
+			w.Errorf("%d, %v", limit, err)
+		}
+		third.Total, third.Free = 2000, 500
+		w.m.SetDevices([]Device{third})
+		if limit, _, err := w.m.Budget(third); limit != 1900 || err != nil {
+			w.Errorf("%d, %v", limit, err)
+		}
+		c := w.loadOn("a", Need{Weights: 400}, third)
+		if env := c.Env(); env[RoomWaitVariable] != "7000" || c.Model() != "a" {
+			w.Errorf("%v", env)
+		}
+	})
+}

@@ -52,6 +52,7 @@ type fakeLedger struct {
 	answer   func(name string, command Command) error // before the command is done; nil: goes ahead
 	refused  map[int]time.Duration                    // WantsSince of the claim
 	hostRoom uint64                                   // for what sleeps
+	leases   []error                                  // answers to the next leases; nil: as the room is
 }
 
 func newFakeLedger(path string) *fakeLedger {
@@ -98,6 +99,13 @@ func (l *fakeLedger) Lease(group, name string, size, fixed, limit uint64) (int, 
 	defer l.mu.Unlock()
 	if l.fail != nil {
 		return noSlot, l.fail
+	}
+	if len(l.leases) > 0 {
+		err := l.leases[0]
+		l.leases = l.leases[1:]
+		if err != nil {
+			return noSlot, err
+		}
 	}
 	if room := l.room(group, limit); size > room {
 		return noSlot, &LibraryError{Code: -3, Name: "KVCACHED_E_LIMIT", Text: "no room", Detail: fmt.Sprintf("%d > %d", size, room)}
