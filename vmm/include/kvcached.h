@@ -35,7 +35,8 @@
  * - Order: reading and writing the memory is the caller's to order against release and unreserve, which drop
  *   content. Work on a GPU that touches pages must have finished before they are released.
  * - Waiting: nothing waits without a bound. A wait for another process ends after room_wait_ms at the latest
- *   (about one second by default), whether that process answers, hangs or is stopped.
+ *   (about one second by default), whether that process answers, hangs or is stopped; that for a lessor after
+ *   group_wait_ms, where that was asked for.
  * - The host process: the library never exits, aborts, prints or changes signal handling; its threads block
  *   all signals, its descriptors are close-on-exec, the caller's current CUDA context is what it was.
  * - Fork: a child made by fork without exec has no part in its parent's handles. Functions returning int

@@ -16,7 +16,7 @@ struct kvcached_ledger {
   _Atomic uint8_t held[KVC_LEDGER_SLOTS]; /* this handle's own holds: the kernel does not report them back */
   _Atomic uint32_t rung;                  /* kvc_ledger_ring was called and not noticed yet */
   _Atomic uint64_t taken;                 /* the mailbox's word of the command being carried out */
-  struct kvcached_ctx *owner; /* NULL: opened to look, lease or command */
+  struct kvcached_ctx *owner;             /* NULL: opened to look, lease or command */
   struct kvcached_ledger *next;
 };
 
