@@ -131,5 +131,10 @@ func refuse(w http.ResponseWriter, err error) {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(known.status)
-	_ = json.NewEncoder(w).Encode(map[string]string{"code": known.name, "message": status.Convert(err).Message()})
+	text := map[string]string{"code": known.name, "message": status.Convert(err).Message()}
+	var failed *libraryFailure
+	if errors.As(err, &failed) {
+		text["reason"] = failed.Name
+	}
+	_ = json.NewEncoder(w).Encode(text)
 }

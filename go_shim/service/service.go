@@ -227,29 +227,6 @@ func printable(text string, most int) bool {
 	return len(text) <= most && utf8.ValidString(text) && strings.IndexFunc(text, unicode.IsControl) < 0
 }
 
-// What a ledger answers whose file is gone or was replaced.
-var errLedger error = &kvcached.LibraryError{Name: "KVCACHED_E_LEDGER"}
-
-// failure is an error of the library as one of the contract.
-func failure(err error) error {
-	var known *kvcached.LibraryError
-	if !errors.As(err, &known) {
-		return status.Error(codes.Internal, err.Error())
-	}
-	code := codes.Internal
-	switch known.Name {
-	case "KVCACHED_E_LIMIT", "KVCACHED_E_FULL", "KVCACHED_E_NOMEM":
-		code = codes.ResourceExhausted
-	case "KVCACHED_E_INVAL":
-		code = codes.InvalidArgument
-	case "KVCACHED_E_SLOT":
-		code = codes.FailedPrecondition
-	case "KVCACHED_E_LEDGER":
-		code = codes.Unavailable
-	}
-	return status.Error(code, err.Error())
-}
-
 func shownLimit(bytes uint64) string {
 	if bytes == kvcached.NoLimit {
 		return "none"

@@ -66,6 +66,7 @@ func TestBudgetsEndWithTheirConnection(t *testing.T) {
 	}
 	b := w.wire()
 	if code, answer := b.call("Allocate", fmt.Sprintf(`{"size": "%d", "model_id": "b"}`, 50*mb)); code != 429 || answer["code"] != "resource_exhausted" ||
+		answer["reason"] != "KVCACHED_E_LIMIT" ||
 		!strings.Contains(answer["message"].(string), "KVCACHED_E_LIMIT") {
 		t.Errorf("beyond the limit: %d %v", code, answer)
 	}
