@@ -89,7 +89,7 @@ def _heading(device: Device) -> Text:
         facts[-1] += f" of {format_bytes(device.limit)}"
     line.append("  " + ", ".join(facts))
     for group in device.groups:
-        limit = "no limit" if group.limit is None else f"limit {format_bytes(group.limit)}"
+        limit = "no limit set" if group.limit is None else f"limit {format_bytes(group.limit)}"
         over = group.limit is not None and group.charge > group.limit
         line.append(
             f"\n  {group.name or 'all'}: charged {format_bytes(group.charge)}, {limit}", "red" if over else ""

@@ -96,11 +96,7 @@ class Opened:
         found = []
         for name in sorted({slot.group for slot in slots}):
             known = self.ledger.get_limit(name)
-            limit = known.limit
-            if known.revision == 0:  # none was set here: what its processes and leases brought along holds
-                own = [slot.limit for slot in slots if slot.group == name and slot.limit is not None]
-                limit = min(own, default=None)
-            found.append(Group(name=name, limit=limit, charge=known.charge))
+            found.append(Group(name=name, limit=known.limit, charge=known.charge))
         return tuple(found)
 
 

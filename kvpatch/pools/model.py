@@ -67,7 +67,9 @@ class Pool:
     lease: int = 0
     charge: int = 0
     wants: int | None = None  # bytes that calls which wait are short of
-    limit: int | None = None  # None: none is set
+    limit: int | None = (
+        None  # set in the ledger; None: none was, and one of the process's own holds, if it has one
+    )
     last_use_seconds: float | None = None  # ago; None: never, or not known
     inside: int | None = None
     queued: int | None = None

@@ -123,6 +123,8 @@ class Service:
             return errors.DeniedError(
                 f"the socket {self.path} is not to be trusted: {error}", hint=f"look at it: ls -l {self.path}"
             )
+        if error.status == 200:
+            return self._odd(str(error))
         if error.status:
             return errors.RefusedError(
                 f"the service at {self.path} refused {method}: {error}", data={"error": code or ""}
@@ -149,7 +151,7 @@ def _device(told: Mapping[str, Any], **facts: Any) -> Device:
     for name in sorted({pool.group or "" for pool in pools}):
         members = [pool for pool in pools if pool.group == name]
         limits = [pool.limit for pool in members if pool.limit is not None]
-        # A process that has not looked since may know an older one; none of them knows less than one of a moment ago.
+        # A process that came before the limit was lowered may not have looked yet.
         groups.append(
             Group(name=name, limit=min(limits, default=None), charge=sum(pool.charge for pool in members))
         )
