@@ -1,0 +1,1 @@
+"""End-to-end runs of a patched Ollama: see `python -m tests.ollama_e2e --help`."""
