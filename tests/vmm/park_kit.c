@@ -35,7 +35,7 @@ kvcached_slot_t slot_of(const family *f, child c) { return slot_in(f->path, c.sl
 void child_parks(family *f, child c, const char *line, size_t pages) {
   CHECK_OK(kvcached_ledger_wait(f->l, &f->seen, 0));
   peer_send(c.p, line);
-  WAIT_FOR(slot_of(f, c).parked == 1);
+  WAIT_FOR(slot_of(f, c).parked == 1 && slot_of(f, c).inside == 0);
   kvcached_slot_t s = slot_of(f, c);
   CHECK_EQ(s.wants, pages * f->page);
   CHECK(s.wants_since_ns > 0);

@@ -94,7 +94,7 @@ TEST(park_order, gates_of_other_devices_are_left_too) {
   call_start(&c, &pair.a, in_both);
   WAIT_FOR(shown(&pair.a).parked == 1);
   WAIT_FOR(shown(&pair.b).parked == 1);
-  CHECK_EQ(shown(&pair.b).inside, 0);
+  WAIT_FOR(shown(&pair.b).inside == 0);
   CHECK_EQ(shown(&pair.b).wants, 0);
   uint64_t freed;
   CHECK_OK(kvcached_ledger_command(pair.b.l, pair.b.slot, KVCACHED_CMD_SLEEP, 5000, &freed));

@@ -76,8 +76,8 @@ int kvcached_ledger_wait(kvcached_ledger_t l, uint32_t *seen, uint32_t timeout_m
 void kvc_ledger_want(kvcached_ledger_t l, int slot, const kvc_want *want) {
   kvc_ledger_slot *s = &l->map->slot[slot];
   atomic_store(&s->wants_since_ns, want->since_ns);
-  atomic_store(&s->parked, want->parked);
   int changed = (atomic_exchange(&s->wants, want->bytes) == 0) != (want->bytes == 0);
+  atomic_store(&s->parked, want->parked); /* who sees that sees what it wants */
   if (want->bytes > 0) atomic_store(&l->map->wanted, (uint64_t)kvc_now_ns() + WANTED_NS);
   if (changed) kvc_ledger_bell_ring(l);
 }
