@@ -316,6 +316,7 @@ func (p *pool) stuck(it item, v view) time.Duration {
 		d.bare = true
 		p.kick()
 	case d.wake:
+		d.cache.lost = d.turn
 		err := p.refusal(d.cache.name, Need{Weights: uint64(it.need)}, v)
 		d.finish(&WakeError{Model: d.cache.name, Err: err})
 	case d.cache.whole || v.room <= 0:

@@ -18,9 +18,12 @@ const (
 func (c *KVCache) observe(now time.Duration) {
 	switch {
 	case !c.asleep():
-		c.slept = 0
+		c.slept, c.lost = 0, false
 	case c.slept == 0:
 		c.slept = now
+	}
+	if c.slept > 0 && c.sleeping == 0 && c.wake == nil && !c.lost && c.parked() {
+		c.takeTurn() // whoever put it to sleep: its child waits to be woken
 	}
 }
 
@@ -229,11 +232,18 @@ func (c *KVCache) sleepEnded(why string, need int64, v view, freed uint64, err e
 
 // takeTurn puts a sleeper into the queue whose own requests are under way: it was put to sleep so that another could go on.
 func (c *KVCache) takeTurn() {
-	if c.inFlight() <= 0 || c.wake != nil {
+	if c.inFlight() <= 0 {
 		return
 	}
-	d := c.manager.newDemand(c, c.mainPools(), c.began)
-	d.wake, d.turn, c.wake = true, true, d
+	d := c.wake
+	if d == nil {
+		d = c.manager.newDemand(c, c.mainPools(), c.began)
+		d.wake, c.wake = true, d
+	} else {
+		d.dequeue() // requests that came later wait for it already
+		d.since = min(d.since, c.began)
+	}
+	d.turn = true
 	d.enqueue()
 }
 
