@@ -1,84 +1,129 @@
 package llm
 
 import (
-	"bufio"
-	"bytes"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
+	"maps"
 	"os"
 	"os/exec"
-	"regexp"
-	"strconv"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
+	"github.com/ollama/ollama/api"
+	"github.com/ollama/ollama/envconfig"
 	"github.com/ollama/ollama/fs/ggml"
 	"github.com/ollama/ollama/kvcached"
 )
 
-// kvcachedPrepare refuses a model that does not fit with a *kvcached.LimitError; its lease is taken when its child is
-// started. With elastic memory off it only spells out what the user may have written in another way, for the child to read.
-func kvcachedPrepare(env map[string]string, modelPath string, f *ggml.GGML, adapters, projectors []string, kvCacheType string, config LlamaServerConfig) error {
+// kvcachedChild is what a runner keeps for elastic memory.
+type kvcachedChild struct {
+	// cache has the leases of this runner's child; nil for a runner that does not take part. It stays when the child has
+	// ended: requests that held it still end, and a child started anew takes its leases through it.
+	cache atomic.Pointer[kvcached.KVCache]
+	// variables are those of the leases, in the environment that the child is started with
+	variables []string
+}
+
+// KVCached is the cache of this runner's child, nil for a runner that does not take part.
+func (s *llamaServerRunner) KVCached() *kvcached.KVCache { return s.kvcached.cache.Load() }
+
+// Leases on their way from the scheduler to the runner that it is about to create, by model file: the functions between
+// the two are upstream's.
+var kvcachedOffers = struct {
+	sync.Mutex
+	caches map[string]*kvcached.KVCache
+}{caches: map[string]*kvcached.KVCache{}}
+
+// KVCachedOffer gives the leases in cache to the next runner that is created for a model file.
+func KVCachedOffer(modelPath string, cache *kvcached.KVCache) {
+	kvcachedOffers.Lock()
+	defer kvcachedOffers.Unlock()
+	kvcachedOffers.caches[modelPath] = cache
+}
+
+// KVCachedWithdraw takes an offer back, or takes it up: the caller owns the leases. nil where there is none.
+func KVCachedWithdraw(modelPath string) *kvcached.KVCache {
+	kvcachedOffers.Lock()
+	defer kvcachedOffers.Unlock()
+	cache := kvcachedOffers.caches[modelPath]
+	delete(kvcachedOffers.caches, modelPath)
+	return cache
+}
+
+// kvcachedPrepare sets the context that is reserved, and so the runner's own: what a request may use of it is bounded with
+// the request. With elastic memory off it only spells out what the user may have written in another way, for the child to
+// read.
+func kvcachedPrepare(env map[string]string, f *ggml.GGML, opts *api.Options) {
 	manager := kvcached.Default()
 	if manager == nil {
 		if _, set := os.LookupEnv(kvcached.EnabledVariable); set {
 			env[kvcached.EnabledVariable] = "false"
 		}
-		return nil
+		return
 	}
-
-	need := KVCachedNeed(KVCachedLoad{ModelPath: modelPath, GGML: f, Adapters: adapters, Projectors: projectors, Draft: config.DraftModelPath, KVCacheType: kvCacheType})
-	if err := manager.Check(modelPath, need); err != nil {
-		slog.Warn("kvcached: model refused, no runner is started", "model", modelPath, "error", err)
-		return err
-	}
-	return nil
+	opts.NumCtx = KVCachedReserve(manager, f, opts.NumCtx)
 }
 
-// kvcachedLease takes the lease for a child that is about to be started, and puts into its environment where its slot is.
-func (s *llamaServerRunner) kvcachedLease(manager *kvcached.Manager) error {
-	l := s.launch
-	need := s.kvcachedNeed()
-	cache := manager.NewKVCache(l.modelPath, need)
-	if err := cache.Allocate(int(need.Total())); err != nil {
-		return err
+// KVCachedReserve is the context that a model is loaded with for a request with this num_ctx: as many tokens as the settings
+// ask for, never more than the model was trained with, never less than the request's own.
+func KVCachedReserve(manager *kvcached.Manager, f *ggml.GGML, numCtx int) int {
+	reserve := manager.Settings().MaxCtx
+	if trained := int(f.KV().ContextLength()); trained > 0 {
+		reserve = min(reserve, trained)
 	}
-	for name, value := range cache.Env() {
-		l.extraEnvs[name] = value
-	}
-	slog.Info("kvcached: lease taken", "model", manager.Name(l.modelPath), "slot", cache.Slot(),
-		"weights", kvcached.FormatSize(need.Weights), "outside_the_library", kvcached.FormatSize(need.Outside),
-		"first_kv_step", kvcached.FormatSize(need.FirstStep))
-	return nil
+	return max(numCtx, reserve)
 }
 
-// kvcachedStart starts the child by the function given. A lease ends with its child, so that a child started anew for the
-// same runner takes another first; one that cannot be started gives its lease back.
+// kvcachedStart starts the child by the function given, on the leases that the scheduler took for it. They end with their
+// child, so that a child started anew for the same runner takes them again; one that cannot be started gives them back.
 func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error)) (*exec.Cmd, int, error) {
-	if manager := kvcached.Default(); manager != nil {
-		// Ollama takes a child for ended as soon as its status is known; what waits for it gives lease and variables back a
-		// moment later, and must not take the new child's.
-		if s.done != nil {
-			<-s.done
-		}
-		if s.kvcachedCache() == nil {
-			if err := s.kvcachedLease(manager); err != nil {
-				return nil, 0, err
-			}
+	if kvcached.Default() == nil {
+		return start(s.launch, s.output)
+	}
+	// Ollama takes a child for ended as soon as its status is known; what waits for it gives leases and variables back a
+	// moment later, and must not take the new child's.
+	if s.done != nil {
+		<-s.done
+	}
+
+	cache := s.KVCached()
+	switch {
+	case cache == nil:
+		cache = KVCachedWithdraw(s.launch.modelPath)
+	case cache.Slot() < 0:
+		// at once or not at all: nobody else is asked for room while a load is under way
+		if err := cache.Allocate(int(cache.Need().Total())); err != nil {
+			return nil, 0, err
 		}
 	}
-	var output io.Writer = s.output
-	if s.client != nil && kvcached.Default() != nil {
+	if cache == nil {
+		// on a device without elastic memory
+		s.launch.extraEnvs[kvcached.EnabledVariable] = "false"
+		return start(s.launch, s.output)
+	}
+
+	s.kvcached.cache.Store(cache)
+	variables := cache.Env()
+	s.kvcached.variables = slices.Collect(maps.Keys(variables))
+	maps.Copy(s.launch.extraEnvs, variables)
+	if s.client != nil {
 		if _, wrapped := s.client.Transport.(kvcachedTransport); !wrapped {
 			s.client.Transport = kvcachedTransport{s.client.Transport}
 		}
 	}
-	if manager := kvcached.Default(); manager != nil && s.output != nil {
-		output = &kvcachedOutput{inner: output, status: s.status, limit: manager.Settings()}
+	var output io.Writer
+	if s.output != nil {
+		output = &kvcachedOutput{inner: s.output, status: s.status, settings: kvcached.Default().Settings()}
 	}
+	need := cache.Need()
+	slog.Info("kvcached: runner starts on its lease", "model", s.launch.modelPath, "slot", cache.Slot(),
+		"need", kvcached.FormatSize(need.Total()), "weights", kvcached.FormatSize(need.Weights),
+		"outside_the_library", kvcached.FormatSize(need.Outside), "first_kv_step", kvcached.FormatSize(need.FirstStep),
+		"compute", kvcached.FormatSize(need.Compute), "context", kvcached.FormatSize(need.Context), "reserved_num_ctx", s.launch.opts.NumCtx)
+
 	cmd, port, err := start(s.launch, output)
 	if err != nil {
 		s.kvcachedFree()
@@ -86,117 +131,38 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 	return cmd, port, err
 }
 
-// kvcachedOutput passes a child's output on, and adds the limit to the child's errors where it was the reason that the child
-// could not load: what llama.cpp says itself is only that a buffer could not be had. Ollama acts on that, and tries again
-// without the other models; the client is to see why it is of no use.
-type kvcachedOutput struct {
-	inner  io.Writer
-	status *StatusWriter
-	limit  kvcached.Settings
-	said   bool
-}
-
-// Logged once a buffer that is mapped in full does not fit, so while a model is being loaded.
-var kvcachedNoRoom = regexp.MustCompile(`(?m)kvcached: (\S+ [^:\n]+): no room for (\d+) bytes: KVCACHED_E_LIMIT`)
-
-func (o *kvcachedOutput) Write(b []byte) (int, error) {
-	if !o.said && bytes.Contains(b, []byte("KVCACHED_E_LIMIT")) {
-		if match := kvcachedNoRoom.FindSubmatch(b); match != nil {
-			o.said = true
-			size, _ := strconv.ParseUint(string(match[2]), 10, 64)
-			defer o.status.AppendError(fmt.Sprintf("kvcached: no room for %s (%s) beside what is charged: the limit for all models together is %s, set by %s; raise it, or use a smaller model or context",
-				kvcached.FormatSize(size), match[1], kvcached.FormatSize(o.limit.Limit), o.limit.Source))
-		}
-	}
-	return o.inner.Write(b)
-}
-
-// kvcachedTransport makes an answer that the child ends for want of memory end with that error. llama-server says so in an
-// event of the stream, which Ollama passes over: the client would get a short answer, or none, and take it for a good one.
-type kvcachedTransport struct{ http.RoundTripper }
-
-func (t kvcachedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
-	next := t.RoundTripper
-	if next == nil {
-		next = http.DefaultTransport
-	}
-	response, err := next.RoundTrip(request)
-	if err == nil && strings.HasPrefix(response.Header.Get("Content-Type"), "text/event-stream") {
-		response.Body = &kvcachedStream{Closer: response.Body, source: bufio.NewReader(response.Body), atStart: true}
-	}
-	return response, err
-}
-
-type kvcachedStream struct {
-	io.Closer
-	source  *bufio.Reader
-	piece   []byte // of a line; read, but not handed on yet
-	atStart bool   // of a line
-	err     error
-}
-
-func (s *kvcachedStream) Read(p []byte) (int, error) {
-	if len(s.piece) == 0 && s.err == nil {
-		var err error
-		s.piece, err = s.source.ReadSlice('\n')
-		if s.atStart {
-			s.err = kvcachedWantOfMemory(s.piece)
-		}
-		if s.err != nil {
-			s.piece = nil
-		} else if !errors.Is(err, bufio.ErrBufferFull) {
-			s.err = err
-		}
-		s.atStart = err == nil
-	}
-	n := copy(p, s.piece)
-	s.piece = s.piece[n:]
-	if n == 0 && len(p) > 0 {
-		return 0, s.err
-	}
-	return n, nil
-}
-
-// kvcachedWantOfMemory is the error that a line of a stream tells of, where that is one which another try may not meet.
-func kvcachedWantOfMemory(line []byte) error {
-	event, ok := bytes.CutPrefix(line, []byte("data: "))
-	if !ok || !bytes.HasPrefix(event, []byte(`{"error":`)) {
-		return nil
-	}
-	var told struct {
-		Error struct {
-			Code    int    `json:"code"`
-			Message string `json:"message"`
-		} `json:"error"`
-	}
-	if json.Unmarshal(event, &told) != nil || told.Error.Code != http.StatusServiceUnavailable {
-		return nil
-	}
-	return errors.New(told.Error.Message)
-}
-
-// kvcachedFree gives the lease of a child that has ended back. The variables go with it: the slot may be another's next.
+// kvcachedFree gives the leases of a child that has ended back. The variables go with them: the slots may be another's next.
 func (s *llamaServerRunner) kvcachedFree() {
-	cache := s.kvcachedCache()
+	cache := s.KVCached()
 	if cache == nil {
 		return
 	}
-	for name := range cache.Env() {
+	for _, name := range s.kvcached.variables {
 		delete(s.launch.extraEnvs, name)
 	}
+	s.kvcached.variables = nil
 	cache.Free()
 }
 
-// kvcachedCache is the cache whose lease this runner's child was given, nil for none. A slot named in the runner's
-// environment is its own: kvcachedFree takes the name away before the slot can be leased again.
-func (s *llamaServerRunner) kvcachedCache() *kvcached.KVCache {
-	manager := kvcached.Default()
-	if manager == nil {
-		return nil
+// kvcachedPredict is what upstream's fit check takes a model for: its files, and its whole KV cache by the exact sizes of
+// its rows in place of upstream's formula (stock). Whether the model may run is not decided by it: that is its lease. But
+// the size of the batch is, and with it that of compute buffers, which are mapped in full whatever the context holds.
+func kvcachedPredict(modelPath string, f *ggml.GGML, numCtx int, stock uint64) uint64 {
+	if kvcached.Default() == nil {
+		return stock
 	}
-	slot, err := strconv.Atoi(s.launch.extraEnvs[kvcached.SlotVariable])
-	if err != nil {
-		return nil
-	}
-	return manager.BySlot(slot)
+	opts := api.DefaultOptions()
+	opts.NumCtx = numCtx
+	need := KVCachedNeed(KVCachedLoad{ModelPath: modelPath, GGML: f, KVCacheType: envconfig.KvCacheType(), Options: opts})
+	return need.Weights + need.Reserved
+}
+
+// kvcachedEnded begins llama-server's answer to a request that found no room.
+const kvcachedEnded = "This request was ended for want of memory: "
+
+// KVCachedEnded says whether an error is that of a request that ended at the limit. The others go on, and nothing needs to be
+// unloaded for the next.
+func KVCachedEnded(err error) bool {
+	var limit *kvcached.LimitError
+	return err != nil && (errors.As(err, &limit) || strings.Contains(err.Error(), kvcachedEnded))
 }

@@ -6,13 +6,22 @@ import (
 	"log/slog"
 	"path/filepath"
 
-	"github.com/ollama/ollama/api"
 	"github.com/ollama/ollama/envconfig"
 	"github.com/ollama/ollama/kvcached"
 	"github.com/ollama/ollama/llm"
 	"github.com/ollama/ollama/ml"
 	"github.com/ollama/ollama/types/model"
 )
+
+// The hooks in the scheduler, and what they do there:
+//
+//	kvcached.go        starts the manager, and loads a model on the lease that was taken for it
+//	kvcached_admit.go  requests for models that are not loaded wait for room
+//	kvcached_place.go  on which devices, and how much of it
+//	kvcached_run.go    requests for loaded models wait for them to wake; idle ones sleep, and end
+//	kvcached_ps.go     what each model occupies
+//
+// None of them waits while refMu or loadedMu is held, or in one of the scheduler's two loops.
 
 // kvcachedStart reads the settings and, where they ask for it, puts the models of this server under one limit. Its error
 // ends the server; stop releases what the caller would otherwise have to.
@@ -27,7 +36,7 @@ func kvcachedStart(sched *Scheduler, stop ...context.CancelFunc) error {
 	kvcached.SetDefault(manager)
 	if manager != nil {
 		slog.Info("kvcached: elastic memory is on", "manager", manager.Describe())
-		sched.kvcachedWrap(manager)
+		sched.kvcachedAttach(manager)
 	}
 	return nil
 }
@@ -54,90 +63,54 @@ func kvcachedLibraryDirs() []string {
 	return directories
 }
 
-// kvcachedWrap lets the scheduler make room under the limit as it makes room on a device: by unloading models, one after
-// the other, until the new one fits.
-func (s *Scheduler) kvcachedWrap(manager *kvcached.Manager) {
-	load := s.loadFn
-	s.loadFn = func(req *LlmRequest, systemInfo ml.SystemInfo, gpus []ml.DeviceInfo, requireFull bool) bool {
-		if req.model.ModelPath != "" {
-			manager.SetName(req.model.ModelPath, kvcachedName(req.model))
-			if evict, refusal := s.kvcachedAdmit(manager, req, requireFull); refusal != nil {
-				slog.Info("kvcached: model refused", "model", req.model.ModelPath, "error", refusal)
-				req.errCh <- refusal
-				return false
-			} else if evict {
-				return true
-			}
-		}
-		return load(req, systemInfo, gpus, requireFull)
+// kvcachedAttach connects scheduler and manager.
+func (s *Scheduler) kvcachedAttach(manager *kvcached.Manager) {
+	manager.SetRoomWait(envconfig.LoadTimeout())
+	manager.OnUnload(s.kvcachedUnload)
+	s.getGpuFn = s.kvcachedWatch(manager, s.getGpuFn)
+	s.loadFn = s.kvcachedLoad(manager, s.loadFn)
+	if settings := manager.Settings(); settings.Socket != "" {
+		// The limits that the service sets are in the ledgers. This has the log say whether there is anybody to set them.
+		go kvcached.NewClient(settings.Socket, settings.Group).Follow(context.Background(), nil)
 	}
 }
 
-// kvcachedAdmit decides about a model that is to run beside others: whether one of them has to go first, or that the
-// model would not even fit alone, for which nobody should be unloaded. With no others loaded the lease itself decides.
-// Held locks: none.
-func (s *Scheduler) kvcachedAdmit(manager *kvcached.Manager, req *LlmRequest, besideOthers bool) (evict bool, refusal error) {
-	s.loadedMu.Lock()
-	started := s.activeLoading != nil // has its lease already
-	s.loadedMu.Unlock()
-	if !besideOthers || started || manager.Settings().Limit == kvcached.NoLimit {
-		return false, nil
-	}
+// kvcachedLoad loads a model on the lease that was taken for it. Whether it fits is decided by that, so that upstream's own
+// check is passed over. A request that has no lease (its model was unloaded while it was in the queue, or a load is
+// tried once more) goes back for one; the queue goes on with the next.
+func (s *Scheduler) kvcachedLoad(manager *kvcached.Manager, load func(*LlmRequest, ml.SystemInfo, []ml.DeviceInfo, bool) bool) func(*LlmRequest, ml.SystemInfo, []ml.DeviceInfo, bool) bool {
+	return func(req *LlmRequest, systemInfo ml.SystemInfo, gpus []ml.DeviceInfo, requireFull bool) bool {
+		s.loadedMu.Lock()
+		started := s.activeLoading != nil // has its lease already
+		s.loadedMu.Unlock()
+		if started || !kvcachedManages(req, gpus) {
+			return load(req, systemInfo, gpus, requireFull)
+		}
 
-	f, err := llm.LoadModel(req.model.ModelPath, 1024)
-	if err != nil {
-		return false, nil // load reports it
+		key := schedulerModelKey(req.model)
+		lease := s.kvcached.take(key, req)
+		if lease == nil {
+			s.kvcachedAgain(req)
+			return false
+		}
+		defer s.kvcached.loaded(key)
+		llm.KVCachedOffer(req.model.ModelPath, lease.cache)
+		again := load(req, systemInfo, lease.gpus(manager, gpus, requireFull), false)
+		if cache := llm.KVCachedWithdraw(req.model.ModelPath); cache != nil {
+			cache.Free() // no runner was created
+		}
+		return again
 	}
-	need := llm.KVCachedNeed(llm.KVCachedLoad{
-		ModelPath: req.model.ModelPath, GGML: f, Adapters: req.model.AdapterPaths, Projectors: req.model.ProjectorPaths,
-		Draft: llamaServerConfigForModel(req.model).DraftModelPath, KVCacheType: envconfig.KvCacheType(),
-	})
-	err = manager.Check(req.model.ModelPath, need)
-	var limit *kvcached.LimitError
-	switch {
-	case err == nil:
-		return false, nil
-	case errors.As(err, &limit) && limit.FitsAlone():
-		slog.Info("kvcached: making room", "model", limit.Model, "need", kvcached.FormatSize(need.Total()),
-			"charged", kvcached.FormatSize(limit.Charged()), "limit", kvcached.FormatSize(limit.Limit))
-		return true, nil
-	default:
-		return false, err
+}
+
+// kvcachedManages says whether a model that a request is for will run on devices with elastic memory.
+func kvcachedManages(req *LlmRequest, gpus []ml.DeviceInfo) bool {
+	if req.model.ModelPath == "" || req.model.IsMLX() {
+		return false
 	}
+	return req.opts.NumGPU == 0 || len(gpus) == 0 || len(kvcachedGPUs(gpus)) > 0
 }
 
 func kvcachedName(m *Model) string {
 	return model.ParseName(m.ShortName).DisplayShortest()
-}
-
-// kvcachedAnnotate adds what each model occupies to the models of /api/ps.
-func kvcachedAnnotate(models []api.ProcessModelResponse) {
-	manager := kvcached.Default()
-	if manager == nil {
-		return
-	}
-	stats, err := manager.Stats()
-	if err != nil {
-		slog.Warn("kvcached: the ledger cannot be read", "error", err)
-		return
-	}
-	for i := range models {
-		status := &api.KVCachedStatus{State: "unmanaged"}
-		for _, stat := range stats {
-			if stat.Name != models[i].Name {
-				continue
-			}
-			*status = api.KVCachedStatus{
-				State:      stat.State,
-				KVMapped:   stat.Mapped,
-				KVReserved: stat.Reserved,
-				Lease:      stat.Lease,
-				Charge:     stat.Charge,
-			}
-		}
-		if limit := manager.Settings().Limit; limit != kvcached.NoLimit {
-			status.Limit = &limit
-		}
-		models[i].KVCached = status
-	}
 }

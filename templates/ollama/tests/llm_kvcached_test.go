@@ -2,72 +2,39 @@ package llm
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/ollama/ollama/api"
 	"github.com/ollama/ollama/fs/ggml"
 	"github.com/ollama/ollama/kvcached"
+	"github.com/ollama/ollama/kvcached/kvcachedtest"
 	"github.com/ollama/ollama/ml"
 )
 
-// kvcachedLedger keeps slots in memory. It never gives a slot out twice, so that a stale one shows.
-type kvcachedLedger struct {
-	mu    sync.Mutex
-	next  int
-	slots []kvcached.Slot
-}
-
-func (l *kvcachedLedger) Version() string                            { return "test" }
-func (l *kvcachedLedger) OpenLedger(string) (kvcached.Ledger, error) { return l, nil }
-func (l *kvcachedLedger) Path() string                               { return "/ledger" }
-
-func (l *kvcachedLedger) Slots() ([]kvcached.Slot, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return slices.Clone(l.slots), nil
-}
-
-func (l *kvcachedLedger) Unlease(slot int) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.slots = slices.DeleteFunc(l.slots, func(s kvcached.Slot) bool { return s.Index == slot })
-	return nil
-}
-
-func (l *kvcachedLedger) Lease(group, name string, size, fixed, limit uint64) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if size > limit {
-		return -1, &kvcached.LibraryError{Code: -3, Name: "KVCACHED_E_LIMIT"}
-	}
-	l.next++
-	l.slots = append(l.slots, kvcached.Slot{Index: l.next, Name: name, Group: group, Lease: size, Fixed: fixed, Charge: size})
-	return l.next, nil
-}
-
-func kvcachedManager(t *testing.T, limit uint64) *kvcachedLedger {
+// kvcachedManager is one with these settings, for the time of a test, and its ledger of host memory.
+func kvcachedManager(t *testing.T, settings kvcached.Settings) (*kvcached.Manager, *kvcachedtest.Ledger) {
 	t.Helper()
-	ledger := &kvcachedLedger{}
-	manager, err := kvcached.Open(kvcached.Settings{Enabled: true, Limit: limit, Source: "a test"}, ledger, "")
+	settings.Enabled, settings.Source, settings.HostLimit = true, "a test", kvcached.NoLimit
+	library := &kvcachedtest.Library{}
+	manager, err := kvcached.Open(settings, library, "/ledger")
 	if err != nil {
 		t.Fatal(err)
 	}
 	kvcached.SetDefault(manager)
-	t.Cleanup(func() { kvcached.SetDefault(nil) })
-	return ledger
+	t.Cleanup(func() {
+		library.Close(manager)
+		kvcached.SetDefault(nil)
+	})
+	return manager, library.Ledger("/ledger")
 }
 
 func kvcachedModel(t *testing.T) (string, *ggml.GGML) {
@@ -131,6 +98,17 @@ func kvcachedVariables(t *testing.T, environment string) string {
 	return ""
 }
 
+// kvcachedOffered is a runner that is created on a lease, as the scheduler does it.
+func kvcachedOffered(t *testing.T, manager *kvcached.Manager, path string, f *ggml.GGML) (*llamaServerRunner, error) {
+	t.Helper()
+	cache, err := manager.Admit(t.Context(), kvcached.Request{Model: path, Need: KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}), Whole: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	KVCachedOffer(path, cache)
+	return kvcachedRunner(path, f)
+}
+
 func kvcachedRunner(path string, f *ggml.GGML) (*llamaServerRunner, error) {
 	runner, err := NewLlamaServerRunner(nil, path, f, nil, nil, api.DefaultOptions(), 1, "", LlamaServerConfig{})
 	if err != nil {
@@ -141,25 +119,30 @@ func kvcachedRunner(path string, f *ggml.GGML) (*llamaServerRunner, error) {
 
 func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 	environment := kvcachedServer(t)
-	ledger := kvcachedManager(t, 1<<30)
+	manager, ledger := kvcachedManager(t, kvcached.Settings{Limit: 1 << 30})
 	path, f := kvcachedModel(t)
 	variables := func(slot int) string {
 		slots, _ := ledger.Slots()
-		if len(slots) != 1 || !strings.HasPrefix(slots[0].Group, fmt.Sprintf("ollama-%d-", os.Getpid())) {
+		if len(slots) != 1 || slots[0].Group != manager.Group() {
 			t.Fatalf("while it runs: %+v", slots)
 		}
-		return fmt.Sprintf("KVCACHED_GROUP=%s KVCACHED_LEDGER=/ledger KVCACHED_LIMIT=%d KVCACHED_SLOT=%d OLLAMA_KVCACHED_ENABLED=true", slots[0].Group, 1<<30, slot)
+		return fmt.Sprintf("KVCACHED_GROUP=%s KVCACHED_LEASES=host,%d,%d,/ledger KVCACHED_LEDGER=/ledger KVCACHED_LIMIT=%d KVCACHED_ROOM_WAIT_MS=1500 KVCACHED_SLEEPS=1 KVCACHED_SLOT=%d OLLAMA_KVCACHED_ENABLED=true",
+			slots[0].Group, slot, 1<<30, 1<<30, slot)
 	}
+	manager.SetRoomWait(1500 * time.Millisecond)
 
-	runner, err := kvcachedRunner(path, f)
+	runner, err := kvcachedOffered(t, manager, path, f)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer runner.Close()
+	if KVCachedWithdraw(path) != nil {
+		t.Error("the offer stands still")
+	}
 	if got := kvcachedVariables(t, environment); got != variables(1) {
 		t.Errorf("environment: %s, want %s", got, variables(1))
 	}
-	if slots, _ := ledger.Slots(); len(slots) != 1 || slots[0].Lease != KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}).Total() {
+	if slots, _ := ledger.Slots(); slots[0].Lease != KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}).Total() {
 		t.Errorf("while it runs: %+v", slots)
 	}
 
@@ -192,16 +175,18 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 
 // A child may be known to have ended before its lease has been given back.
 func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
-	ledger := kvcachedManager(t, 1<<30)
+	manager, ledger := kvcachedManager(t, kvcached.Settings{Limit: 1 << 30})
 	path, f := kvcachedModel(t)
+	cache := manager.NewKVCache(path, KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}))
+	if err := cache.Allocate(int(cache.Need().Total())); err != nil {
+		t.Fatal(err)
+	}
 	runner := &llamaServerRunner{
 		ggml:   f,
 		done:   make(chan struct{}),
 		launch: llamaServerLaunchConfig{modelPath: path, extraEnvs: map[string]string{}},
 	}
-	if err := runner.kvcachedLease(kvcached.Default()); err != nil {
-		t.Fatal(err)
-	}
+	runner.kvcached.cache.Store(cache)
 	go func(done chan struct{}) {
 		time.Sleep(50 * time.Millisecond)
 		runner.kvcachedFree()
@@ -218,6 +203,105 @@ func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
 	slots, _ := ledger.Slots()
 	if slot != "2" || len(slots) != 1 || slots[0].Index != 2 {
 		t.Errorf("started with slot %q, leased: %+v", slot, slots)
+	}
+
+	// Anew, and there is no room any more: nothing is started, and nobody is asked for room.
+	runner.kvcachedFree()
+	if len(runner.launch.extraEnvs) != 0 {
+		t.Errorf("left in the environment: %v", runner.launch.extraEnvs)
+	}
+	other := manager.NewKVCache("other", kvcached.Need{Weights: 1 << 30})
+	if err := other.Allocate(1 << 30); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := runner.kvcachedStart(func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error) {
+		t.Error("started without a lease")
+		return nil, 7, nil
+	})
+	var refusal *kvcached.LimitError
+	if !errors.As(err, &refusal) || IsOutOfMemory(err) || statusErrorLine(err.Error()) != "" {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestKVCachedRunnerThatCannotStart(t *testing.T) {
+	kvcachedServer(t)
+	manager, ledger := kvcachedManager(t, kvcached.Settings{Limit: 1 << 30})
+	path, f := kvcachedModel(t)
+	if err := os.Chmod(filepath.Join(ml.LibOllamaPath, "llama-server"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kvcachedOffered(t, manager, path, f); err == nil {
+		t.Fatal("a runner that is no program was started")
+	}
+	if slots, _ := ledger.Slots(); len(slots) != 0 {
+		t.Errorf("left: %+v", slots)
+	}
+}
+
+// On a device without elastic memory a runner is stock's, whatever the server's own environment says.
+func TestKVCachedRunnerWithoutALease(t *testing.T) {
+	environment := kvcachedServer(t)
+	kvcachedManager(t, kvcached.Settings{Limit: 1 << 30})
+	t.Setenv(kvcached.EnabledVariable, "true")
+	path, f := kvcachedModel(t)
+	runner, err := kvcachedRunner(path, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer runner.Close()
+	if got := kvcachedVariables(t, environment); got != "OLLAMA_KVCACHED_ENABLED=false" {
+		t.Errorf("environment: %s", got)
+	}
+	if runner.KVCached() != nil {
+		t.Error("it takes part")
+	}
+}
+
+// Upstream's check sees the exact cache in place of its formula, which counts f16 whatever the cache is.
+func TestKVCachedPrediction(t *testing.T) {
+	path, f := kvcachedModel(t)
+	stock := PredictServerVRAM(path, f, 4096)
+	if want := uint64(2*2*4096*4*64*2) + KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}).Weights; stock != want {
+		t.Errorf("while off: %d, want %d", stock, want)
+	}
+	kvcachedManager(t, kvcached.Settings{Limit: 1 << 30})
+	t.Setenv("OLLAMA_FLASH_ATTENTION", "1")
+	t.Setenv("OLLAMA_KV_CACHE_TYPE", "q8_0")
+	if got, want := PredictServerVRAM(path, f, 4096), stock-2*2*4096*4*64*2+2*2*4096*4*(64/32*34); got != want {
+		t.Errorf("%d, want %d", got, want)
+	}
+}
+
+func TestKVCachedOffChangesNothing(t *testing.T) {
+	_, f := kvcachedModel(t)
+	env := map[string]string{"A": "b"}
+	opts := api.DefaultOptions()
+	before := opts
+	os.Unsetenv(kvcached.EnabledVariable)
+	kvcachedPrepare(env, f, &opts)
+	if len(env) != 1 {
+		t.Errorf("%v", env)
+	}
+	// What Ollama reads as off (quotes are trimmed) must be off for the runner, too.
+	t.Setenv(kvcached.EnabledVariable, `"no"`)
+	kvcachedPrepare(env, f, &opts)
+	if env[kvcached.EnabledVariable] != "false" || opts.NumCtx != before.NumCtx {
+		t.Errorf("%v, num_ctx %d", env, opts.NumCtx)
+	}
+
+	runner := &llamaServerRunner{launch: llamaServerLaunchConfig{extraEnvs: map[string]string{kvcached.SlotVariable: "1"}}, options: before}
+	started := false
+	if _, _, err := runner.kvcachedStart(func(launch llamaServerLaunchConfig, _ io.Writer) (*exec.Cmd, int, error) {
+		started = len(launch.extraEnvs) == 1
+		return nil, 7, nil
+	}); err != nil || !started {
+		t.Errorf("%v, started %v", err, started)
+	}
+	runner.kvcachedFree()
+	opts.NumCtx = 7
+	if ctx := runner.kvcachedCompletion(t.Context(), &opts); ctx != t.Context() || runner.kvcachedAt(&opts) != runner || opts.NumPredict != before.NumPredict {
+		t.Error("a request is bounded")
 	}
 }
 
@@ -262,140 +346,4 @@ func TestKVCachedOutside(t *testing.T) {
 			t.Errorf("mapped %v, %+v: %d, want %d", c.mapped, c.cpu, got, c.want)
 		}
 	}
-
-	ledger := kvcachedManager(t, 1<<30)
-	path, f := kvcachedModel(t)
-	for _, mapped := range []*bool{&yes, &no} {
-		runner := &llamaServerRunner{ggml: f, launch: llamaServerLaunchConfig{
-			modelPath: path, extraEnvs: map[string]string{}, opts: api.Options{Runner: api.Runner{UseMMap: mapped}},
-		}}
-		if err := runner.kvcachedLease(kvcached.Default()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	need := KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f})
-	slots, _ := ledger.Slots()
-	if slots[0].Fixed != need.Weights || slots[1].Fixed != 0 || slots[0].Lease != need.Total() || slots[1].Lease != need.Total() {
-		t.Errorf("%+v; need %+v", slots, need)
-	}
-}
-
-func TestKVCachedRefusalStartsNothing(t *testing.T) {
-	environment := kvcachedServer(t)
-	kvcachedManager(t, 1000)
-	path, f := kvcachedModel(t)
-	_, err := kvcachedRunner(path, f)
-	var refusal *kvcached.LimitError
-	if !errors.As(err, &refusal) || refusal.Limit != 1000 || refusal.Need != KVCachedNeed(KVCachedLoad{ModelPath: path, GGML: f}) {
-		t.Errorf("%v", err)
-	}
-	if IsOutOfMemory(err) || statusErrorLine(err.Error()) != "" {
-		t.Errorf("%q would be taken for a crash", err)
-	}
-	time.Sleep(50 * time.Millisecond)
-	if _, err := os.Stat(environment); err == nil {
-		t.Error("the runner was started all the same")
-	}
-}
-
-func TestKVCachedRunnerThatCannotStart(t *testing.T) {
-	kvcachedServer(t)
-	ledger := kvcachedManager(t, 1<<30)
-	path, f := kvcachedModel(t)
-	if err := os.Chmod(filepath.Join(ml.LibOllamaPath, "llama-server"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := kvcachedRunner(path, f); err == nil {
-		t.Fatal("a runner that is no program was started")
-	}
-	if slots, _ := ledger.Slots(); len(slots) != 0 {
-		t.Errorf("left: %+v", slots)
-	}
-}
-
-// llama.cpp's own words say nothing of the limit, and reach the client.
-func TestKVCachedLimitIsNamedWhereLoadingFails(t *testing.T) {
-	const upstream = "llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers\n"
-	const ours = "kvcached: CPU compute: no room for 21520416 bytes: KVCACHED_E_LIMIT: the limit leaves no room\n"
-	for text, want := range map[string]bool{
-		ours + ours + upstream: true,
-		upstream:               false,
-		"kvcached: no room for 4096 bytes: KVCACHED_E_LIMIT: a step of a request\n" + upstream: false,
-		"kvcached: CPU compute: out of memory for 4096 bytes: KVCACHED_E_NOMEM\n" + upstream:   false,
-	} {
-		var log bytes.Buffer
-		status := NewStatusWriter(&log)
-		output := &kvcachedOutput{inner: status, status: status, limit: kvcached.Settings{Limit: 20_000_000, Source: "a test"}}
-		for line := range strings.SplitAfterSeq(text, "\n") {
-			if _, err := output.Write([]byte(line)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		said := strings.Count(status.LastError(), "no room for 21.53 MB (CPU compute) beside what is charged: the limit for all models together is 20 MB, set by a test")
-		if (said == 1) != want || said > 1 || log.String() != text || !IsOutOfMemoryMessage(status.LastError()) {
-			t.Errorf("%q: %q, logged %q", text, status.LastError(), log.String())
-		}
-	}
-}
-
-// Upstream passes over an error in a stream.
-func TestKVCachedStreamEndsWithItsError(t *testing.T) {
-	long := "data: " + strings.Repeat("a", 10000) + "\n"
-	wanted := `data: {"error":{"code":503,"message":"ended for want of memory","type":"unavailable_error"}}` + "\n"
-	for _, c := range []struct {
-		kind, sent, got, err string
-	}{
-		{"text/event-stream", long + "data: x\n\n" + wanted + "data: [DONE]\n", long + "data: x\n\n", "ended for want of memory"},
-		{"text/event-stream; charset=utf-8", wanted, "", "ended for want of memory"},
-		{"text/event-stream", long + "data: x", long + "data: x", ""},
-		{"text/event-stream", strings.Replace(wanted, "503", "500", 1), strings.Replace(wanted, "503", "500", 1), ""},
-		{"application/json", wanted, wanted, ""},
-	} {
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", c.kind)
-			io.WriteString(w, c.sent)
-		}))
-		client := http.Client{Transport: kvcachedTransport{server.Client().Transport}}
-		response, err := client.Get(server.URL)
-		if err != nil {
-			t.Fatal(err)
-		}
-		got, err := io.ReadAll(response.Body)
-		if string(got) != c.got || fmt.Sprint(err) != cmp.Or(c.err, "<nil>") || response.Body.Close() != nil {
-			t.Errorf("%s, %q: got %q, %v", c.kind, c.sent, got, err)
-		}
-		server.Close()
-	}
-}
-
-func TestKVCachedOffChangesNothing(t *testing.T) {
-	path, f := kvcachedModel(t)
-	env := map[string]string{"A": "b"}
-	prepare := func() {
-		t.Helper()
-		if err := kvcachedPrepare(env, path, f, nil, nil, "", LlamaServerConfig{}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	os.Unsetenv(kvcached.EnabledVariable)
-	prepare()
-	if len(env) != 1 {
-		t.Errorf("%v", env)
-	}
-	// What Ollama reads as off (quotes are trimmed) must be off for the runner, too.
-	t.Setenv(kvcached.EnabledVariable, `"no"`)
-	prepare()
-	if env[kvcached.EnabledVariable] != "false" {
-		t.Errorf("%v", env)
-	}
-
-	runner := &llamaServerRunner{launch: llamaServerLaunchConfig{extraEnvs: map[string]string{kvcached.SlotVariable: "1"}}}
-	started := false
-	if _, _, err := runner.kvcachedStart(func(llamaServerLaunchConfig, io.Writer) (*exec.Cmd, int, error) {
-		started = true
-		return nil, 7, nil
-	}); err != nil || !started {
-		t.Errorf("%v, started %v", err, started)
-	}
-	runner.kvcachedFree()
 }
