@@ -23,6 +23,8 @@ type kvcachedChild struct {
 	// cache has the leases of this runner's child; nil for a runner that does not take part. It stays when the child has
 	// ended: requests that held it still end, and a child started anew takes its leases through it.
 	cache atomic.Pointer[kvcached.KVCache]
+	// leased is the size of all leases as they were first taken; less than the need where the model is to spill
+	leased uint64
 	// variables are those of the leases, in the environment that the child is started with
 	variables []string
 }
@@ -30,27 +32,32 @@ type kvcachedChild struct {
 // KVCached is the cache of this runner's child, nil for a runner that does not take part.
 func (s *llamaServerRunner) KVCached() *kvcached.KVCache { return s.kvcached.cache.Load() }
 
-// Leases on their way from the scheduler to the runner that it is about to create, by model file: the functions between
-// the two are upstream's.
+// kvcachedOffer is a lease on its way from the scheduler to the runner that it is about to create.
+type kvcachedOffer struct {
+	cache  *kvcached.KVCache
+	leased uint64
+}
+
+// By model file: the functions between the two are upstream's.
 var kvcachedOffers = struct {
 	sync.Mutex
-	caches map[string]*kvcached.KVCache
-}{caches: map[string]*kvcached.KVCache{}}
+	all map[string]kvcachedOffer
+}{all: map[string]kvcachedOffer{}}
 
-// KVCachedOffer gives the leases in cache to the next runner that is created for a model file.
-func KVCachedOffer(modelPath string, cache *kvcached.KVCache) {
+// KVCachedOffer gives the leases in cache, of so many bytes in all, to the next runner that is created for a model file.
+func KVCachedOffer(modelPath string, cache *kvcached.KVCache, leased uint64) {
 	kvcachedOffers.Lock()
 	defer kvcachedOffers.Unlock()
-	kvcachedOffers.caches[modelPath] = cache
+	kvcachedOffers.all[modelPath] = kvcachedOffer{cache, leased}
 }
 
 // KVCachedWithdraw takes an offer back, or takes it up: the caller owns the leases. nil where there is none.
-func KVCachedWithdraw(modelPath string) *kvcached.KVCache {
+func KVCachedWithdraw(modelPath string) (cache *kvcached.KVCache, leased uint64) {
 	kvcachedOffers.Lock()
 	defer kvcachedOffers.Unlock()
-	cache := kvcachedOffers.caches[modelPath]
-	delete(kvcachedOffers.caches, modelPath)
-	return cache
+	offer := kvcachedOffers.all[modelPath]
+	delete(kvcachedOffers.all, modelPath)
+	return offer.cache, offer.leased
 }
 
 // kvcachedPrepare sets the context that is reserved, and so the runner's own: what a request may use of it is bounded with
@@ -92,10 +99,10 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 	cache := s.KVCached()
 	switch {
 	case cache == nil:
-		cache = KVCachedWithdraw(s.launch.modelPath)
+		cache, s.kvcached.leased = KVCachedWithdraw(s.launch.modelPath)
 	case cache.Slot() < 0:
 		// at once or not at all: nobody else is asked for room while a load is under way
-		if err := cache.Allocate(int(cache.Need().Total())); err != nil {
+		if err := cache.Allocate(int(s.kvcached.leased)); err != nil {
 			return nil, 0, err
 		}
 	}
@@ -107,6 +114,7 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 
 	s.kvcached.cache.Store(cache)
 	variables := cache.Env()
+	maps.Copy(variables, s.kvcachedFit(cache.Need()))
 	s.kvcached.variables = slices.Collect(maps.Keys(variables))
 	maps.Copy(s.launch.extraEnvs, variables)
 	if s.client != nil {
@@ -129,6 +137,25 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 		s.kvcachedFree()
 	}
 	return cmd, port, err
+}
+
+// kvcachedFit has llama-server put all layers on the GPU where the whole model was leased. Left alone it keeps a margin free
+// beside the model, which under a limit is others' memory; and one for a projector, which is in the lease. A model that
+// was leased less than it needs is split by its rules, as on a card of the limit's size.
+func (s *llamaServerRunner) kvcachedFit(need kvcached.Need) map[string]string {
+	const fit, target = "LLAMA_ARG_FIT", "LLAMA_ARG_FIT_TARGET"
+	for _, name := range []string{fit, target} {
+		if _, set := os.LookupEnv(name); set {
+			return nil // the user's own choice
+		}
+	}
+	switch {
+	case len(s.launch.gpus) == 0 || s.launch.opts.NumGPU >= 0 || s.kvcached.leased < need.Total():
+		return nil
+	case len(s.launch.projectors) > 0:
+		return map[string]string{fit: "off"}
+	}
+	return map[string]string{target: "0"}
 }
 
 // kvcachedFree gives the leases of a child that has ended back. The variables go with them: the slots may be another's next.

@@ -94,9 +94,9 @@ func (s *Scheduler) kvcachedLoad(manager *kvcached.Manager, load func(*LlmReques
 			return false
 		}
 		defer s.kvcached.loaded(key)
-		llm.KVCachedOffer(req.model.ModelPath, lease.cache)
+		llm.KVCachedOffer(req.model.ModelPath, lease.cache, lease.size)
 		again := load(req, systemInfo, lease.gpus(manager, gpus, requireFull), false)
-		if cache := llm.KVCachedWithdraw(req.model.ModelPath); cache != nil {
+		if cache, _ := llm.KVCachedWithdraw(req.model.ModelPath); cache != nil {
 			cache.Free() // no runner was created
 		}
 		return again

@@ -32,6 +32,7 @@ type kvcachedQueues struct {
 // kvcachedLease is a lease between its admission and the load that uses it.
 type kvcachedLease struct {
 	cache   *kvcached.KVCache
+	size    uint64 // on all devices; less than the need where the model is to spill to the CPU
 	place   kvcachedPlace
 	holders map[*LlmRequest]bool // in the scheduler's queue, each of them may be the one to load the model
 }
@@ -223,13 +224,27 @@ func (s *Scheduler) kvcachedTake(req *LlmRequest) (*kvcachedLease, error) {
 	})
 	switch {
 	case err == nil:
-		return &kvcachedLease{cache: cache, place: place, holders: map[*LlmRequest]bool{}}, nil
+		return &kvcachedLease{cache: cache, size: kvcachedLeased(manager, cache), place: place, holders: map[*LlmRequest]bool{}}, nil
 	case req.ctx.Err() != nil:
 		return nil, req.ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, &kvcachedBusy{model: kvcachedName(req.model), waited: time.Since(started), reason: "room for its " + kvcached.FormatSize(place.need.Total())}
 	}
 	return nil, err
+}
+
+// kvcachedLeased is the size of the leases that a model holds; what it needs, where the ledger does not tell.
+func kvcachedLeased(manager *kvcached.Manager, cache *kvcached.KVCache) uint64 {
+	stats, err := manager.Stats()
+	if err != nil {
+		slog.Warn("kvcached: the ledger cannot be read", "error", err)
+	}
+	for _, stat := range stats {
+		if stat.Model == cache.Model() {
+			return stat.Lease
+		}
+	}
+	return cache.Need().Total()
 }
 
 // take is the lease for the load that a request is about to begin; nil where there is none, or the request asks for more

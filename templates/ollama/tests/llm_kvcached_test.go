@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,7 +106,7 @@ func kvcachedOffered(t *testing.T, manager *kvcached.Manager, path string, f *gg
 	if err != nil {
 		t.Fatal(err)
 	}
-	KVCachedOffer(path, cache)
+	KVCachedOffer(path, cache, cache.Need().Total())
 	return kvcachedRunner(path, f)
 }
 
@@ -136,7 +137,7 @@ func TestKVCachedLeaseLivesAsLongAsTheRunner(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer runner.Close()
-	if KVCachedWithdraw(path) != nil {
+	if cache, _ := KVCachedWithdraw(path); cache != nil {
 		t.Error("the offer stands still")
 	}
 	if got := kvcachedVariables(t, environment); got != variables(1) {
@@ -187,6 +188,7 @@ func TestKVCachedRestartWaitsForTheLastEnd(t *testing.T) {
 		launch: llamaServerLaunchConfig{modelPath: path, extraEnvs: map[string]string{}},
 	}
 	runner.kvcached.cache.Store(cache)
+	runner.kvcached.leased = cache.Need().Total()
 	go func(done chan struct{}) {
 		time.Sleep(50 * time.Millisecond)
 		runner.kvcachedFree()
@@ -255,6 +257,34 @@ func TestKVCachedRunnerWithoutALease(t *testing.T) {
 	}
 	if runner.KVCached() != nil {
 		t.Error("it takes part")
+	}
+}
+
+// llama-server keeps no margin beside a model whose whole need was leased; it splits one that got less, as on a small card.
+func TestKVCachedFit(t *testing.T) {
+	need := kvcached.Need{Weights: 1000}
+	gpus := []ml.DeviceInfo{{Name: "CUDA0"}}
+	for _, c := range []struct {
+		launch llamaServerLaunchConfig
+		leased uint64
+		user   string
+		want   map[string]string
+	}{
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "", map[string]string{"LLAMA_ARG_FIT_TARGET": "0"}},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}, projectors: []string{"p"}}, 1000, "", map[string]string{"LLAMA_ARG_FIT": "off"}},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 999, "", nil},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: 5}}}, 1000, "", nil},
+		{llamaServerLaunchConfig{opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "", nil},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "LLAMA_ARG_FIT_TARGET", nil},
+	} {
+		if c.user != "" {
+			t.Setenv(c.user, "2048")
+		}
+		runner := &llamaServerRunner{launch: c.launch}
+		runner.kvcached.leased = c.leased
+		if got := runner.kvcachedFit(need); !maps.Equal(got, c.want) {
+			t.Errorf("%+v: %v, want %v", c, got, c.want)
+		}
 	}
 }
 

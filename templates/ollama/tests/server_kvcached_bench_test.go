@@ -25,6 +25,7 @@ type child struct {
 	cache   *kvcached.KVCache
 	opts    api.Options
 	gpus    []ml.DeviceInfo
+	leased  uint64
 	loading func() // runs while it loads
 }
 
@@ -92,13 +93,13 @@ func newBench(t *testing.T, models float64, change ...func(*kvcached.Settings)) 
 	}
 	b.newServerFn = func(_ ml.SystemInfo, gpus []ml.DeviceInfo, path string, f *ggml.GGML, _, _ []string, opts api.Options, _ int, _ llm.LlamaServerConfig) (llm.LlamaServer, error) {
 		mock := &mockLlm{modelPath: path, vramByGPU: map[ml.DeviceID]uint64{}}
-		cache := llm.KVCachedWithdraw(path)
+		cache, leased := llm.KVCachedWithdraw(path)
 		if cache == nil {
 			return mock, nil
 		}
 		opts.NumCtx = llm.KVCachedReserve(b.manager, f, opts.NumCtx)
 		mock.contextLength = opts.NumCtx
-		c := &child{mockLlm: mock, cache: cache, opts: opts, gpus: gpus}
+		c := &child{mockLlm: mock, cache: cache, opts: opts, gpus: gpus, leased: leased}
 		for _, entry := range strings.Split(cache.Env()[kvcached.LeasesVariable], ";") {
 			slot, path := kvcachedEntry(t, entry)
 			b.library.Ledger(path).Attach(slot)

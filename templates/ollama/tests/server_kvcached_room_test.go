@@ -145,6 +145,13 @@ func TestKVCachedLargerThanTheLimit(t *testing.T) {
 		t.Error("all layers asked for, and admitted")
 	}
 	ids, free := b.onGPUs("some", func(o *api.Options, _ **api.Duration) { o.NumGPU = -1 })
+	b.loadedMu.Lock()
+	for _, runner := range b.loaded {
+		if c := runner.llama.(*child); c.leased >= c.cache.Need().Total() || c.leased < kvcached.CUDAContext {
+			t.Errorf("told of a lease of %d for %d", c.leased, c.cache.Need().Total())
+		}
+	}
+	b.loadedMu.Unlock()
 	if len(ids) != 1 || free[0] != kvcached.CUDAContext+1<<20 {
 		t.Errorf("on %v with %v free", ids, free)
 	}
