@@ -37,19 +37,17 @@ type kvcachedLease struct {
 	holders map[*LlmRequest]bool // in the scheduler's queue, each of them may be the one to load the model
 }
 
-// kvcachedBusy is the error of a request that waited for as long as a load may stall. Another try may find room.
-type kvcachedBusy struct {
-	model  string
-	waited time.Duration
-	reason string
-}
+// kvcachedRetry is an error that another try may not meet: Ollama answers it with status 503, as it does when it is busy.
+type kvcachedRetry struct{ error }
 
-func (e *kvcachedBusy) Error() string {
-	return fmt.Sprintf("kvcached: server busy, model %s waited %s for %s; please try again", e.model, e.waited.Round(time.Millisecond), e.reason)
-}
+func (e kvcachedRetry) Unwrap() error        { return e.error }
+func (e kvcachedRetry) Is(target error) bool { return target == ErrMaxQueue }
 
-// Is makes it one that Ollama answers with status 503.
-func (e *kvcachedBusy) Is(target error) bool { return target == ErrMaxQueue }
+// kvcachedBusy is the error of a request that waited for as long as a load may stall.
+func kvcachedBusy(model, reason string, since time.Time) error {
+	return kvcachedRetry{fmt.Errorf("kvcached: server busy, model %s waited %s for %s; please try again",
+		model, time.Since(since).Round(time.Millisecond), reason)}
+}
 
 // kvcachedQueue has a request wait for room for its model, in a goroutine, before it joins the scheduler's own queue. False:
 // the model is not managed, and stock's path goes on.
@@ -222,13 +220,16 @@ func (s *Scheduler) kvcachedTake(req *LlmRequest) (*kvcachedLease, error) {
 		Model: req.model.ModelPath, Name: kvcachedName(req.model), Need: place.need, Devices: place.budgets(),
 		Pinned: kvcachedPinned(req.keepAlive()), Whole: place.whole,
 	})
+	var limit *kvcached.LimitError
 	switch {
 	case err == nil:
 		return &kvcachedLease{cache: cache, size: kvcachedLeased(manager, cache), place: place, holders: map[*LlmRequest]bool{}}, nil
 	case req.ctx.Err() != nil:
 		return nil, req.ctx.Err()
 	case errors.Is(err, context.DeadlineExceeded):
-		return nil, &kvcachedBusy{model: kvcachedName(req.model), waited: time.Since(started), reason: "room for its " + kvcached.FormatSize(place.need.Total())}
+		return nil, kvcachedBusy(kvcachedName(req.model), "room for its "+kvcached.FormatSize(place.need.Total()), started)
+	case errors.As(err, &limit) && limit.FitsAlone():
+		return nil, kvcachedRetry{err} // others do not give way now
 	}
 	return nil, err
 }

@@ -54,7 +54,9 @@ func (pending *LlmRequest) kvcachedHandOver(runner *runnerRef) {
 		case pending.ctx.Err() != nil:
 			err = pending.ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
-			err = &kvcachedBusy{model: kvcachedName(pending.model), waited: time.Since(started), reason: "its turn to wake"}
+			err = kvcachedBusy(kvcachedName(pending.model), "its turn to wake", started)
+		default:
+			err = kvcachedRetry{err} // its process has ended, or cannot wake now
 		}
 		slog.Info("kvcached: a request ends before its model was awake", "model", kvcachedName(pending.model), "waited", time.Since(started), "reason", err)
 		pending.kvcachedFail(err)

@@ -192,7 +192,7 @@ func TestKVCachedWakeThatFails(t *testing.T) {
 		return nil
 	})
 	err := b.ask("a", paths["a"])
-	if err == nil || llm.IsOutOfMemory(err) || !strings.Contains(err.Error(), "a:latest") {
+	if !errors.Is(err, ErrMaxQueue) || llm.IsOutOfMemory(err) || !strings.Contains(err.Error(), "a:latest") {
 		t.Fatalf("%v", err)
 	}
 	b.ledger.Answer(nil)
@@ -213,7 +213,7 @@ func TestKVCachedEndWhileWaking(t *testing.T) {
 	b.loaded[paths["a"]].kvcachedCache().Free() // as its process's end does
 	b.loadedMu.Unlock()
 	var ended *kvcached.EndedError
-	if _, err := waking.wait(); !errors.As(err, &ended) || llm.IsOutOfMemory(err) {
+	if _, err := waking.wait(); !errors.As(err, &ended) || !errors.Is(err, ErrMaxQueue) || llm.IsOutOfMemory(err) {
 		t.Errorf("%v", err)
 	}
 }
