@@ -142,7 +142,16 @@ def test_weights_slept_in_every_case(cases: list[Row]) -> None:
 
 @pytest.mark.parametrize(
     ("check", "results"),
-    [("memory", 6), ("fault", 4), ("retry", 1), ("shift", 5), ("head", 1), ("ahead", 1), ("control", 1)],
+    [
+        ("memory", 6),
+        ("fault", 4),
+        ("retry", 1),
+        ("shift", 5),
+        ("device", 1),
+        ("head", 1),
+        ("ahead", 1),
+        ("control", 1),
+    ],
 )
 def test_check(driver: Path, check: str, results: int) -> None:
     done = subprocess.run([driver, check], capture_output=True, text=True, check=False, timeout=600)

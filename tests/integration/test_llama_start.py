@@ -54,6 +54,13 @@ def test_a_missing_library_ends_the_start(
         ("KVCACHED_LEDGER", "/nonexistent/ledger", "/nonexistent/ledger"),
         ("KVCACHED_PAGE_SIZE", "3000", "3000"),
         ("OLLAMA_KVCACHED_MEMORY_GB", "much", "OLLAMA_KVCACHED_MEMORY_GB=much"),
+        ("KVCACHED_ROOM_WAIT_MS", "soon", "KVCACHED_ROOM_WAIT_MS=soon"),
+        ("KVCACHED_LEASES", "host,0,100", "KVCACHED_LEASES=host,0,100 is not valid: use device,slot,limit"),
+        ("KVCACHED_LEASES", "host,one,100,/x", "KVCACHED_LEASES=host,one"),
+        ("KVCACHED_LEASES", "host,1,-1,/x", "KVCACHED_LEASES=host,1,-1"),
+        ("KVCACHED_LEASES", ",1,100,/x", "KVCACHED_LEASES=,1"),
+        ("KVCACHED_LEASES", "host,1,100,/x;HOST,2,100,/x", "each device once"),
+        ("KVCACHED_LEASES", "host,3,100,/nonexistent/ledger", "/nonexistent/ledger"),
     ],
 )
 def test_a_setting_that_cannot_be_used_ends_the_start(

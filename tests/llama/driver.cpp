@@ -1,7 +1,7 @@
 // Takes every architecture through the schedule, in four cache configurations, stock and elastic, and compares.
 //
 //   llama-archs compare [--arch NAME]... [--part I/N]   one JSON line a case, then one with the counts
-//   llama-archs memory|fault|retry|shift|head|ahead|control   the checks of memory.cpp and room.cpp, one JSON line a result
+//   llama-archs memory|fault|retry|shift|device|head|ahead|control   the checks of memory.cpp and room.cpp, one JSON line a result
 //
 // Exit 0: all compared cases are equal, all checks hold. 1: not. 2: usage.
 
@@ -128,7 +128,7 @@ static int compare_all(const std::vector<std::string> & names, unsigned part, un
 }
 
 static int usage(const char * program) {
-    fprintf(stderr, "usage: %s compare [--arch NAME]... [--part I/N] | memory | fault | retry | shift | head | ahead | control\n", program);
+    fprintf(stderr, "usage: %s compare [--arch NAME]... [--part I/N] | memory | fault | retry | shift | device | head | ahead | control\n", program);
     return 2;
 }
 
@@ -161,6 +161,8 @@ int main(int argc, char ** argv) {
         res = check_retry(elastic);
     } else if (what == "shift") {
         res = check_shift(elastic);
+    } else if (what == "device") {
+        res = check_device(elastic);
     } else if (what == "head") {
         res = check_head(elastic);
     } else if (what == "ahead") {

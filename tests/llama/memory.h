@@ -15,6 +15,9 @@ int check_retry(const environment & elastic);
 // a shift needs no more room than the cells have
 int check_shift(const environment & elastic);
 
+// a device that is limited says that it has what the limit leaves
+int check_device(const environment & elastic);
+
 // the context of an elastic buffer begins like one of ggml-cuda
 int check_head(const environment & elastic);
 

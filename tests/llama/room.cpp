@@ -1,6 +1,7 @@
 // Checks of when room is asked for and given up; and of what ggml-cuda sees of a buffer.
 #include "memory.h"
 
+#include "kvcached-internal.h"
 #include "llama-kvcached.h"
 #include "llama-model.h"
 
@@ -133,6 +134,54 @@ int check_shift(const environment & elastic) {
         all = all && ok;
     }
     return all ? 0 : 1;
+}
+
+// ------------------------------------------------------------------------------------------------------- device --
+
+// What a limited device says of its memory: what the limit leaves, less what is mapped; to whoever opens its contexts, its own.
+int check_device(const environment & elastic) {
+    const size_t limit = size_t(256) << 20;
+    const auto work = [](reporter & to) {
+        llama_log_set(quiet, nullptr);
+        ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        const auto ask = [&](const char * free_name, const char * total_name) {
+            size_t free = 0, total = 0;
+            ggml_backend_dev_memory(dev, &free, &total);
+            ggml_backend_dev_props props;
+            ggml_backend_dev_get_props(dev, &props);
+            if (props.memory_free != free || props.memory_total != total) {
+                to.fault("properties say otherwise than the memory"); // looked at where both are the limit's
+            }
+            to.figure(free_name, double(free));
+            to.figure(total_name, double(total));
+        };
+        llama_kvcached::limit_device(dev);
+        llama_kvcached::limit_device(dev); // once is enough
+        ask("free", "total");
+        {
+            llama_model_ptr   model = make_model(find_arch("llama"));
+            llama_context_ptr ctx   = make_context(*model, CONFIGS[1], 8192, 4);
+            session s(*model, *ctx);
+            s.grow(64, { 0 });
+            to.figure("mapped", double(mapped()));
+            ask("free with a model", "total with a model");
+        }
+        ask("free after it", "total after it");
+    };
+    environment limited = elastic;
+    limited.emplace_back("KVCACHED_LIMIT", std::to_string(limit));
+    const outcome ours = in_child(limited, 120, work);
+    const outcome free = in_child(elastic, 120, work);
+    bool ok = ended_well(ours, "device") && ended_well(free, "device");
+    if (ok) {
+        const auto & f = ours.figures;
+        ok = ours.faults.empty() && f.at("free") == double(limit) && f.at("total") == double(limit) && f.at("mapped") > 0 &&
+             f.at("free with a model") == double(limit) - f.at("mapped") && f.at("free after it") == double(limit) &&
+             free.figures.at("total") > double(limit) && free.figures.at("free") > double(limit);
+        printf("{\"check\": \"device\", \"ok\": %s, \"free\": %.0f, \"free with a model\": %.0f}\n", ok ? "true" : "false",
+               f.at("free"), f.at("free with a model"));
+    }
+    return ok ? 0 : 1;
 }
 
 // --------------------------------------------------------------------------------------------------------- head --
