@@ -108,7 +108,7 @@ func (errOutOfMemory) Error() string { return "cudaMalloc failed: out of memory"
 func TestKVCachedOneEventEach(t *testing.T) {
 	b := newBench(t, 9, sleepFor(50*time.Millisecond))
 	paths := map[string]string{}
-	for _, name := range []string{"a", "b", "c"} {
+	for _, name := range []string{"stopped", "manager", "slept", "kept", "device", "another"} {
 		paths[name] = kvcachedModel(t)
 		if err := b.ask(name, paths[name]); err != nil {
 			t.Fatal(err)
@@ -124,28 +124,48 @@ func TestKVCachedOneEventEach(t *testing.T) {
 	b.loadedMu.Unlock()
 	go s.processCompleted(t.Context())
 
-	s.expireRunner(&Model{ModelPath: paths["a"]})
-	if !s.kvcachedUnload(paths["b"]) {
-		t.Error("b is not unloaded")
+	runnerOf := func(name string) *runnerRef {
+		s.loadedMu.Lock()
+		defer s.loadedMu.Unlock()
+		return s.loaded[paths[name]]
 	}
-	s.loadedMu.Lock()
-	runner := s.loaded[paths["c"]]
-	s.loadedMu.Unlock()
-	runner.refMu.Lock()
-	s.kvcachedExpire(runner)
-	runner.refMu.Unlock()
-	for i := range 3 {
-		select {
-		case <-s.unloadedCh:
-		case <-time.After(10 * time.Second):
-			t.Fatalf("%d events", i)
+	events := func(what string, want int) {
+		t.Helper()
+		for range want {
+			select {
+			case <-s.unloadedCh:
+			case <-time.After(10 * time.Second):
+				t.Fatalf("%s: an event is missing", what)
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+		if n := len(s.unloadedCh); n != 0 {
+			t.Fatalf("%s: %d events too many", what, n)
 		}
 	}
-	time.Sleep(200 * time.Millisecond)
-	s.loadedMu.Lock()
-	defer s.loadedMu.Unlock()
-	if n := len(s.unloadedCh); n != 0 || len(s.loaded) != 0 {
-		t.Errorf("%d events too many, %d left", n, len(s.loaded))
+
+	s.expireRunner(&Model{ModelPath: paths["stopped"]})
+	events("ollama stop", 1)
+	if !s.kvcachedUnload(paths["manager"]) {
+		t.Error("not unloaded for the manager")
+	}
+	events("manager", 1)
+	slept := runnerOf("slept")
+	slept.refMu.Lock()
+	s.kvcachedExpire(slept)
+	slept.refMu.Unlock()
+	events("slept for long enough", 1)
+	kept := runnerOf("kept") // its last request asked for no time
+	kept.refMu.Lock()
+	kept.refCount, kept.sessionDuration = 1, 0
+	kept.kvcachedCache().Begin()
+	kept.refMu.Unlock()
+	s.finishedReqCh <- &LlmRequest{model: kept.model}
+	events("keep_alive 0", 1)
+	s.expireRunnersForRuntimeOOM(&Model{ModelPath: paths["device"]}, errOutOfMemory{})
+	events("a device that ran out", 2)
+	if len(b.runners()) != 0 || runnerOf("device") != nil || runnerOf("another") != nil {
+		t.Error("some are left")
 	}
 }
 
