@@ -12,6 +12,7 @@ from kvpatch import __version__, demo, doctor, lock, manifest, paths, pins, pipe
 from kvpatch.cli import bench, options, tables
 from kvpatch.cli import estimate as estimate_command
 from kvpatch.cli import pools as pools_commands
+from kvpatch.cli import service as service_command
 from kvpatch.cli.output import Screen
 from kvpatch.errors import SmokeError, UsageError
 
@@ -221,6 +222,7 @@ def _demo(
 
 estimate_command.register(app)
 pools_commands.register(app)
+service_command.register(app)
 
 
 @app.command(name="doctor", help="Say what is missing for which target, and the command that installs it.")

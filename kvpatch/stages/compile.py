@@ -1,4 +1,5 @@
-"""Stage compile: libkvcached, then llama-server by itself or the whole of Ollama, staged in upstream's layout.
+"""Stage compile: llama-server by itself or the whole of Ollama, staged in upstream's layout, then libkvcached beside
+it, and with Ollama the external service.
 
 The flags are upstream's own for the same thing; what kvpatch adds is the source override, the version label, and the
 path prefix map that keeps the workspace's path out of the binaries (so that they do not depend on where it lies).
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from kvpatch import library, process
+from kvpatch import library, process, service
 from kvpatch.errors import CompileError
 from kvpatch.library import LIBRARY
 from kvpatch.plan import Plan
-from kvpatch.stages import output, worktree
+from kvpatch.stages import generate, output, worktree
 from kvpatch.stages.context import Context, Value
 
 _STEP = re.compile(r"^\[(\d+)/(\d+)\]")
@@ -70,6 +71,7 @@ def inputs(context: Context) -> dict[str, object]:
         "flags": flags(plan),
         "library": [*library.FLAGS, *library.LINKED],
         "cgo": CGO_FLAGS if plan.ollama else None,
+        "service": service.LINKED if plan.ollama and not plan.stock else None,
         "tools": {tool.name: tool.version for tool in plan.tools},
         "version": plan.release.semver if plan.release else None,
     }
@@ -105,6 +107,8 @@ def run(context: Context) -> Value:
             target = context.staging_dir / "bin"
         if not plan.stock:
             _library(context, target / LIBRARY)
+            if plan.ollama is not None:
+                _service(context, context.staging_dir / service.PLACE)
     except process.ProcessFailure as failure:
         raise CompileError(
             f"`{failure.argv[0]}` failed while compiling {plan.name}:\n{failure.tail}",
@@ -209,6 +213,15 @@ def _library(context: Context, target: Path) -> None:
     command = library.compile_command(context.plan.tool("cc").path, sources, built)
     process.run(command, cwd=sources, log=context.log("compile"))
     shutil.copy2(built, target)
+
+
+def _service(context: Context, target: Path) -> None:
+    plan = context.plan
+    context.detail("compile", service.SERVICE)
+    folder = context.service_dir
+    service.write_module(service.module(plan.data, generate.template_context(context)), folder)
+    command = service.build_command(plan.tool("go").path, target, plan.series_id)
+    process.run(command, cwd=folder, env=environment(context), log=context.log("compile"))
 
 
 def _llama_cpp(context: Context) -> None:

@@ -37,6 +37,10 @@ class Context:
         return self.plan.workspace / "vmm"
 
     @property
+    def service_dir(self) -> Path:
+        return self.plan.workspace / "kvcachedd"
+
+    @property
     def staging_dir(self) -> Path:
         return self.plan.workspace / "staging"
 
