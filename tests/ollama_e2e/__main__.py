@@ -109,8 +109,8 @@ def _lines(one: Evidence) -> list[str]:
     lines = []
     if one.tally is not None:
         lines.append(
-            f"{one.name}: {one.tally.answers} answers, {len(one.tally.wrong)} differ, "
-            f"{len(one.tally.failures)} failures, {one.tally.dropped} clients hung up; slowest "
+            f"{one.name}: {one.tally.answers} answers, {len(one.tally.wrong)} differ ({one.tally.ties} "
+            f"more where stock's two best tokens tie), {len(one.tally.failures)} failures, {one.tally.dropped} clients hung up; slowest "
             f"{one.tally.slowest:.1f} s"
         )
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import requests
@@ -17,13 +18,15 @@ TIMEOUT = 400.0  # beyond Ollama's own load timeout: a request is never given up
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a model said, in a form that must be equal wherever the question is asked."""
+    """What a model said, in a form that must be equal wherever the question is asked. `margins`: where each token
+    ends in the text, and by how much its log-probability was above the next best one's; only where asked for."""
 
     text: str = ""
     vectors: tuple[tuple[float, ...], ...] = ()
     reason: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
+    margins: tuple[tuple[int, float], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +57,13 @@ def ask(
     *,
     stream: bool = False,
     keep_alive: str | int | None = None,
-    timeout: float = TIMEOUT,
+    margins: bool = False,
 ) -> Outcome:
     """Sends it and waits for all of the answer."""
     stream = stream and question.way != "embed"
+    body = _body(question, stream, keep_alive)
+    if margins and question.way != "embed":
+        body |= {"logprobs": True, "top_logprobs": 2}
     at = time.monotonic()
     answer: Answer | None = None
     failure: Failure | None = None
@@ -67,8 +73,8 @@ def ask(
             session.headers["Connection"] = "close"
             with session.post(
                 url + question.path(),
-                json=_body(question, stream, keep_alive),
-                timeout=timeout,
+                json=body,
+                timeout=TIMEOUT,
                 stream=stream,
             ) as response:
                 if response.status_code != 200:
@@ -164,7 +170,18 @@ def _answer(question: Question, value: dict[str, Any], text: str | None = None) 
         reason=str(value.get("done_reason", "")),
         prompt_tokens=int(value.get("prompt_eval_count", 0)),
         tokens=int(value.get("eval_count", 0)),
+        margins=_margins(value.get("logprobs") or ()),
     )
+
+
+def _margins(logprobs: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
+    found = []
+    end = 0
+    for token in logprobs:
+        end += len(token["token"])
+        best = sorted((top["logprob"] for top in token["top_logprobs"]), reverse=True)
+        found.append((end, best[0] - best[1] if len(best) > 1 else 0.0))
+    return tuple(found)
 
 
 def _streamed(question: Question, response: requests.Response) -> tuple[Answer | None, Failure | None]:

@@ -92,15 +92,15 @@ def _ask_all(
     for group in groups.values():
         first = {question: _sure(side, question) for question in group}
         for question in rng.sample(group, len(group)):
-            again = _sure(side, question)
+            again = _sure(side, question, margins=True)
             kept.answers[question] = again if again == first[question] else None
             done += 1
             if done % _SHOW_EVERY == 0:
                 say(f"stock: {done} of {len(asked)} questions answered twice")
 
 
-def _sure(side: Side, question: Question) -> Answer:
-    outcome = client.ask(side.url, question)
+def _sure(side: Side, question: Question, *, margins: bool = False) -> Answer:
+    outcome = client.ask(side.url, question, margins=margins)
     if outcome.answer is None:
         raise side.server.failed(f"stock did not answer {question}: {outcome.failure}")
     return outcome.answer
@@ -130,6 +130,11 @@ class _Kept:
 
 
 def _answer(value: dict[str, object]) -> Answer:
-    vectors = value.pop("vectors")
+    vectors, margins = value.pop("vectors"), value.pop("margins")
     assert isinstance(vectors, list)
-    return Answer(vectors=tuple(tuple(vector) for vector in vectors), **value)  # type: ignore[arg-type]
+    assert isinstance(margins, list)
+    return Answer(
+        vectors=tuple(tuple(vector) for vector in vectors),
+        margins=tuple((int(end), float(margin)) for end, margin in margins),
+        **value,  # type: ignore[arg-type]
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvpatch.hashing import of_value
 from kvpatch.smoke.report import CheckFailed
 from tests.ollama_e2e import identity, keeping, kills, sides, traffic, verdict, watch
 from tests.ollama_e2e.questions import questions
@@ -65,7 +67,11 @@ def run(options: Options, say: Say) -> Report:
 
 
 def _prepare(options: Options, say: Say) -> Setting:
-    members = zoo(options.folder, options.seed)
+    members = zoo(options.folder / "models", options.seed)
+    # Other models in the same folder have a store, and answers, of their own.
+    made = of_value([member.model.sha256 for member in members])[:12]
+    options = dataclasses.replace(options, folder=options.folder / f"zoo-{made}")
+    options.folder.mkdir(exist_ok=True)
     asked = questions(random.Random(f"{options.seed} questions"), members, _EACH)
     wanted = reference(
         options.stock, options.folder, members, asked, random.Random(f"{options.seed} order"), say

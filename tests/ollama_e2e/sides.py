@@ -33,7 +33,7 @@ class Child:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """A server that runs. `names`: of models, by the digest in their blob's name."""
+    """A server that runs. `names`: of models, by the digest in the name of their file."""
 
     server: Server
     instance: Instance
@@ -82,22 +82,21 @@ def slots(instance: Instance) -> tuple[Slot, ...]:
 
 
 def open_files(pid: int, folder: Path) -> frozenset[str]:
-    """Files below /dev/shm, and sockets with a path, that a process has open or mapped; `folder` is the run's own,
-    whose ledger and logs stay."""
+    """Files below /dev/shm that a process has open or mapped, but for those in `folder`, which is the run's own. A
+    deleted one goes with its last process."""
     found: set[str] = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             found.add(str(link.readlink()))
     with contextlib.suppress(OSError):
         maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
-        found.update(re.findall(r"(/\S+)$", maps, re.MULTILINE))
+        found.update(re.findall(r"(/dev/shm/.+)$", maps, re.MULTILINE))
     return frozenset(
         name
         for name in found
-        if name.startswith(("/dev/shm/", "/tmp/", "/run/"))
-        and not name.startswith(str(folder))
-        # A deleted file goes with its last process.
+        if name.startswith("/dev/shm/")
         and not name.endswith("(deleted)")
+        and folder not in Path(name).parents
     )
 
 
@@ -118,6 +117,15 @@ def elastic_settings(limit: int, **others: str) -> dict[str, str]:
     }
 
 
+def _blob(server: Server, member: Member) -> str:
+    """The digest in the name of the file in which Ollama keeps a model: not that of ours, Ollama writes it anew."""
+    shown = server.json("POST", "/api/show", json={"model": member.name})
+    match = re.search(r"^FROM \S*sha256-([0-9a-f]+)", str(shown.get("modelfile")), re.MULTILINE)
+    if match is None:
+        raise server.failed(f"/api/show does not name the file of {member.name}: {str(shown)[:300]}")
+    return match[1]
+
+
 @contextlib.contextmanager
 def start(
     install: Install, folder: Path, name: str, members: Sequence[Member], settings: Mapping[str, str]
@@ -132,16 +140,11 @@ def start(
         known = {
             str(model["name"]).removesuffix(":latest") for model in server.json("GET", "/api/tags")["models"]
         }
-        blobs = folder / "models-store" / "blobs"
         for member in members:
-            # A folder that was used before may have another model of this name.
-            if member.name not in known or not (blobs / f"sha256-{member.model.sha256}").exists():
+            if member.name not in known:
                 create(server, member.name, member.model)
-        yield Side(
-            server=server,
-            instance=instance,
-            names={member.model.sha256: member.name for member in members},
-        )
+        names = {_blob(server, member): member.name for member in members}
+        yield Side(server=server, instance=instance, names=names)
         if server.returncode() is not None:
             raise CheckFailed(f"{name} ended by itself", logs=server.logs())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,10 @@ from tests.ollama_e2e.client import Answer, Outcome
 from tests.ollama_e2e.questions import Question
 from tests.ollama_e2e.watch import Seen
 
+# How far apart two tokens' log-probabilities must be for rounding not to turn them: what stock's own answer to one
+# question varies by, as its cache holds none, some or all of the prompt, is about a hundredth.
+TIE = 0.04
+TIES = 0.1  # of the answers, at most
 OVER_SECONDS = 1.5  # that more than the limit may show as charged
 PS_SECONDS = 5.0  # in which /api/ps must answer, however busy the machine
 _SHOWN = 4
@@ -16,12 +21,14 @@ _SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tally:
-    """Requests by what became of them."""
+    """Requests by what became of them. `ties` leave stock's answer where its two best tokens were as good as equal: so
+    does stock, with another part of the prompt in its cache."""
 
     answers: int
     dropped: int
     failures: tuple[Outcome, ...]
     wrong: tuple[Outcome, ...]
+    ties: int
     slowest: float
 
     @property
@@ -31,13 +38,32 @@ class Tally:
 
 def tally(outcomes: Sequence[Outcome], answers: Mapping[Question, Answer]) -> Tally:
     answered = [outcome for outcome in outcomes if outcome.answer is not None]
+    other = [outcome for outcome in answered if outcome.answer != answers[outcome.question]]
+    wrong = tuple(outcome for outcome in other if not tie(outcome, answers[outcome.question]))
     return Tally(
         answers=len(answered),
         dropped=sum(outcome.dropped for outcome in outcomes),
         failures=tuple(outcome for outcome in outcomes if outcome.failure is not None),
-        wrong=tuple(outcome for outcome in answered if outcome.answer != answers[outcome.question]),
+        wrong=wrong,
+        ties=len(other) - len(wrong),
         slowest=max((outcome.seconds for outcome in outcomes), default=0.0),
     )
+
+
+def tie(outcome: Outcome, wanted: Answer) -> bool:
+    """Whether all but the text is equal, and the text up to a token that another could have been."""
+    got = outcome.answer
+    assert got is not None
+    if dataclasses.replace(got, text=wanted.text) != wanted:
+        return False
+    at = leaves(got.text, wanted.text)
+    return next((margin for end, margin in wanted.margins if end > at), TIE) < TIE
+
+
+def leaves(text: str, wanted: str) -> int:
+    """From which character on it is another."""
+    shorter = min(len(text), len(wanted))
+    return next((at for at in range(shorter) if text[at] != wanted[at]), shorter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +102,12 @@ def answered(found: Tally, answers: Mapping[Question, Answer]) -> list[str]:
             f"{len(found.wrong)} of {found.answers} answers differ from stock's, {cramped} of them with a num_ctx "
             "that the request fills"
         )
-        for outcome in found.wrong[:_SHOWN]:
-            problems.append(difference(outcome, answers[outcome.question]))
+        first = {outcome.question: outcome for outcome in reversed(found.wrong)}
+        problems += [difference(outcome, answers[outcome.question]) for outcome in [*first.values()][:_SHOWN]]
+    if found.ties > max(2, TIES * found.answers):
+        problems.append(
+            f"{found.ties} of {found.answers} answers leave stock's at two tokens as good as equal"
+        )
     return problems
 
 
@@ -92,10 +122,7 @@ def difference(outcome: Outcome, wanted: Answer) -> str:
             f"{outcome.question}: same text, but {got.reason!r} after {got.prompt_tokens} + {got.tokens} tokens, "
             f"stock {wanted.reason!r} after {wanted.prompt_tokens} + {wanted.tokens}"
         )
-    at = next(
-        (i for i, (a, b) in enumerate(zip(got.text, wanted.text, strict=False)) if a != b),
-        min(len(got.text), len(wanted.text)),
-    )
+    at = leaves(got.text, wanted.text)
     return (
         f"{outcome.question}: from character {at} on {got.text[at : at + 40]!r} ({got.prompt_tokens} + {got.tokens} "
         f"tokens), stock {wanted.text[at : at + 40]!r} ({wanted.prompt_tokens} + {wanted.tokens})"

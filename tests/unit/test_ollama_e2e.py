@@ -60,6 +60,21 @@ def test_an_answer_that_differs_in_anything_is_told() -> None:
         assert words in found[1]
 
 
+def test_only_a_token_as_good_as_another_may_be_another() -> None:
+    wanted = Answer(text="ba be bi", tokens=3, margins=((2, 1.0), (5, 0.001), (8, 1.0)))
+    for text, tokens, ties in (
+        ("ba bu bo", 3, 1),
+        ("ba be bo", 3, 0),
+        ("bu be bi", 3, 0),
+        ("ba bu bo", 4, 0),
+    ):
+        outcome = _outcome(answer=Answer(text=text, tokens=tokens))
+        found = verdict.tally([outcome], {outcome.question: wanted})
+        assert (found.ties, len(found.wrong)) == (ties, 1 - ties), text
+    shorter = _outcome(answer=Answer(text="ba be", tokens=3))
+    assert not verdict.tie(shorter, wanted)
+
+
 def test_a_failure_is_told_once_a_text_and_a_client_that_hung_up_is_none() -> None:
     failed = _outcome(answer=None, failure=Failure(status=500, text="no room"))
     answers = {_outcome().question: Answer(text="ba be", reason="length", prompt_tokens=3, tokens=2)}
