@@ -68,6 +68,7 @@ def test_bench_json_has_every_figure(ran: tuple[Path, str]) -> None:
         "weights_sleep_copied_ms",
         "weights_wake_rate_gb_per_s",
         "kv_sleep_ms",
+        "together_wake_rate_gb_per_s",
         "claims_tight_2_processes_per_s",
     ):
         assert figures[name]["library"]["median"] > 0, name

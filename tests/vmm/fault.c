@@ -62,7 +62,32 @@ static void dawdle(unsigned ms) {
   if (ms) (void)nanosleep(&t, NULL);
 }
 
-static int fails(fault_kind kind) {
+/* ---- the log ---- */
+
+static _Atomic(fault_call *) call_log;
+static atomic_uint log_room, logged;
+
+void fault_log(fault_call *calls, unsigned room) {
+  atomic_store(&call_log, NULL); /* so that no call meets the one with the other's room */
+  atomic_store(&log_room, room);
+  atomic_store(&logged, 0);
+  atomic_store(&call_log, calls);
+}
+
+unsigned fault_logged(void) { return atomic_load(&logged); }
+
+static void note(fault_kind kind, const kvc_space *space, size_t off, size_t len) {
+  fault_call *calls = atomic_load(&call_log);
+  if (!calls) return;
+  unsigned i = atomic_fetch_add(&logged, 1);
+  if (i < atomic_load(&log_room))
+    calls[i] = (fault_call){kind, space ? (const char *)space->base + off : NULL, len};
+}
+
+/* ---- what happens at a call ---- */
+
+static int fails_at(fault_kind kind, const kvc_space *space, size_t off, size_t len) {
+  note(kind, space, off, len);
   dawdle(atomic_load(&schedules[kind].delay_ms));
   dawdle(atomic_load(&schedules[FAULT_ANY].delay_ms));
   schedule *hit = NULL;
@@ -72,6 +97,8 @@ static int fails(fault_kind kind) {
   atomic_fetch_add(&hit->failures, 1);
   return kvc_fail(atomic_load(&hit->error), "injected failure of %s", names[kind]);
 }
+
+static int fails(fault_kind kind) { return fails_at(kind, NULL, 0, 0); }
 
 /* ---- the account ---- */
 
@@ -175,19 +202,19 @@ static int destroy(kvc_device *d, size_t size, kvc_handle handle) {
 }
 
 static int map(kvc_device *d, kvc_space *space, size_t off, size_t size, kvc_handle handle) {
-  int err = fails(FAULT_MAP);
+  int err = fails_at(FAULT_MAP, space, off, size);
   if (!err) err = of(d)->map(d, space, off, size, handle);
   if (!err) held.mapped += (int64_t)size;
   return err;
 }
 
 static int give_access(kvc_device *d, kvc_space *space, size_t off, size_t len) {
-  int err = fails(FAULT_ACCESS);
+  int err = fails_at(FAULT_ACCESS, space, off, len);
   return err ? err : of(d)->access(d, space, off, len);
 }
 
 static int unmap(kvc_device *d, kvc_space *space, size_t off, size_t len) {
-  int err = fails(FAULT_UNMAP);
+  int err = fails_at(FAULT_UNMAP, space, off, len);
   if (!err) err = of(d)->unmap(d, space, off, len);
   if (err) return err;
   held.mapped -= (int64_t)len;
@@ -197,7 +224,7 @@ static int unmap(kvc_device *d, kvc_space *space, size_t off, size_t len) {
 
 static int zero(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off, size_t len) {
   lane_enter(d, lane);
-  int err = fails(FAULT_ZERO);
+  int err = fails_at(FAULT_ZERO, space, off, len);
   if (!err) err = of(d)->zero(d, lane, space, off, len);
   lane_leave(d, lane);
   return err;
@@ -205,7 +232,7 @@ static int zero(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off, size
 
 static int read_from(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off, void *dst, size_t len) {
   lane_enter(d, lane);
-  int err = fails(FAULT_READ);
+  int err = fails_at(FAULT_READ, space, off, len);
   if (!err) err = of(d)->read(d, lane, space, off, dst, len);
   lane_leave(d, lane);
   return err;
@@ -213,7 +240,7 @@ static int read_from(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off,
 
 static int write_to(kvc_device *d, kvc_lane lane, kvc_space *space, size_t off, const void *src, size_t len) {
   lane_enter(d, lane);
-  int err = fails(FAULT_WRITE);
+  int err = fails_at(FAULT_WRITE, space, off, len);
   if (!err) err = of(d)->write(d, lane, space, off, src, len);
   lane_leave(d, lane);
   return err;

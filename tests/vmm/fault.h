@@ -1,11 +1,12 @@
 /*
  * The table between the library and its backend in the test build: it makes calls fail or dawdle on purpose,
- * counts them, keeps the account of what is held, and holds the library to what backend.h asks of it: a lane
- * is used by one thread at a time. Any thread may call any function here.
+ * counts and notes them, keeps the account of what is held, and holds the library to what backend.h asks of
+ * it: a lane is used by one thread at a time. Any thread may call any function here.
  */
 #ifndef FAULT_H
 #define FAULT_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 typedef enum fault_kind {
@@ -44,6 +45,17 @@ void fault_clear(void);
 /* Calls of a kind since the program began, failed ones included; and those that were made to fail. */
 unsigned fault_calls(fault_kind kind);
 unsigned fault_failures(fault_kind kind);
+
+/* A call, and where in a region's addresses (NULL: it has no such place). */
+typedef struct fault_call {
+  fault_kind kind;
+  const void *at;
+  size_t len;
+} fault_call;
+/* From now on calls are noted here, those made to fail too, as long as there is room; NULL: no longer. */
+void fault_log(fault_call *calls, unsigned room);
+/* How many there were since, with those beyond the room. */
+unsigned fault_logged(void);
 
 /* What the library holds of the backend, by the calls it made. */
 typedef struct fault_held {

@@ -24,8 +24,9 @@ typedef struct sides {
   kvcached_ctx_t ctx;
   kvcached_region_t region;
   unsigned kind_bit;
-  size_t bytes;
-  raw_run run;   /* as many bytes of device memory */
+  size_t bytes;  /* whose content is kept */
+  size_t all;    /* and with them those of SCRATCH */
+  raw_run run;   /* as many bytes of device memory as are kept */
   uint64_t *pin; /* as many bytes of host memory: the content */
 } sides;
 
@@ -39,12 +40,12 @@ static void fill(uint64_t *words, size_t bytes) {
   for (size_t i = 0; i < bytes / sizeof(*words); i++) words[i] = x += 0x9e3779b97f4a7c15u;
 }
 
-static void verify(const sides *s) {
+static void verify(kvcached_region_t region, const uint64_t *content, size_t bytes) {
   static uint64_t piece[2 * MIB / sizeof(uint64_t)];
-  for (size_t off = 0; off < s->bytes; off += sizeof(piece)) {
-    size_t n = s->bytes - off < sizeof(piece) ? s->bytes - off : sizeof(piece);
-    KVC(kvcached_read(s->region, off, piece, n));
-    if (memcmp(piece, (const char *)s->pin + off, n) != 0)
+  for (size_t off = 0; off < bytes; off += sizeof(piece)) {
+    size_t n = bytes - off < sizeof(piece) ? bytes - off : sizeof(piece);
+    KVC(kvcached_read(region, off, piece, n));
+    if (memcmp(piece, (const char *)content + off, n) != 0)
       bench_fail("content differs after waking, between bytes %zu and %zu", off, off + n);
   }
 }
@@ -54,8 +55,8 @@ static double library_sleep(const sides *s) {
   double t0 = bench_now();
   KVC(kvcached_sleep(s->ctx, s->kind_bit, GATE_MS, &freed));
   double t1 = bench_now();
-  if (freed < s->bytes) bench_fail("sleep gave %zu bytes back, not %zu", freed, s->bytes);
-  if (bench_stats(s->ctx).asleep != s->bytes) bench_fail("the region does not sleep");
+  if (freed < s->all) bench_fail("sleep gave %zu bytes back, not %zu", freed, s->all);
+  if (bench_stats(s->ctx).asleep != s->all) bench_fail("the regions do not sleep");
   return t1 - t0;
 }
 
@@ -63,7 +64,7 @@ static double library_wake(const sides *s) {
   double t0 = bench_now();
   KVC(kvcached_wake(s->ctx, s->kind_bit));
   double t1 = bench_now();
-  if (bench_stats(s->ctx).mapped != s->bytes) bench_fail("the region did not wake");
+  if (bench_stats(s->ctx).mapped != s->all) bench_fail("the regions did not wake");
   return t1 - t0;
 }
 
@@ -102,11 +103,9 @@ static void one(const sides *s, const char *name, const char *label, const char 
   row(s, name, label, unit, &v, NULL);
 }
 
-static void begin(sides *s, int kind, size_t bytes) {
-  s->kind_bit = KVCACHED_KIND_BIT(kind);
-  KVC(kvcached_reserve(s->ctx, kind, bytes, &s->region));
-  s->bytes = kvcached_region_size(s->region);
-  RAW(raw_run_reserve(s->dev, &s->run, s->bytes, kvcached_region_page_size(s->region)));
+/* The raw side for s->bytes, in handles of `unit` bytes, and the content on both sides of the bus. */
+static void begin_raw(sides *s, size_t unit) {
+  RAW(raw_run_reserve(s->dev, &s->run, s->bytes, unit));
   RAW(raw_run_create(s->dev, &s->run));
   RAW(raw_run_map(s->dev, &s->run));
   RAW(raw_run_access(s->dev, &s->run));
@@ -116,15 +115,26 @@ static void begin(sides *s, int kind, size_t bytes) {
   fill(s->pin, s->bytes);
   RAW(s->dev->ops->to_device(s->dev, s->run.base, s->pin, s->bytes));
   RAW(s->dev->ops->finish(s->dev));
-  KVC(kvcached_write(s->region, 0, s->pin, s->bytes));
 }
 
-static void end(sides *s) {
-  verify(s);
+static void end_raw(sides *s) {
   RAW(raw_run_unmap(s->dev, &s->run));
   RAW(raw_run_destroy(s->dev, &s->run));
   RAW(raw_run_unreserve(s->dev, &s->run));
   RAW(s->dev->ops->host_free(s->dev, s->pin, s->bytes));
+}
+
+static void begin(sides *s, int kind, size_t bytes) {
+  s->kind_bit = KVCACHED_KIND_BIT(kind);
+  KVC(kvcached_reserve(s->ctx, kind, bytes, &s->region));
+  s->all = s->bytes = kvcached_region_size(s->region);
+  begin_raw(s, kvcached_region_page_size(s->region));
+  KVC(kvcached_write(s->region, 0, s->pin, s->bytes));
+}
+
+static void end(sides *s) {
+  verify(s->region, s->pin, s->bytes);
+  end_raw(s);
   kvcached_unreserve(s->region);
   KVC(kvcached_trim(s->ctx, 0, NULL));
 }
@@ -240,7 +250,7 @@ static void scratch(sides *s) {
   char title[96], size[32];
   s->kind_bit = KVCACHED_KIND_BIT(KVCACHED_SCRATCH);
   KVC(kvcached_reserve(s->ctx, KVCACHED_SCRATCH, s->o->kv, &s->region));
-  s->bytes = kvcached_region_size(s->region);
+  s->all = s->bytes = kvcached_region_size(s->region);
   KVC(kvcached_ensure(s->region, 0, s->bytes));
   bench_size_text(size, sizeof(size), s->bytes);
   (void)snprintf(title, sizeof(title), "Sleep and wake, SCRATCH, %s", size);
@@ -258,11 +268,61 @@ static void scratch(sides *s) {
   samples_free(&sleep), samples_free(&wake);
 }
 
+/* A model as it is served: one wake of all kinds. Beside it the plain copy of what has content: all that is
+   mapped and zeroed too has to be hidden behind it. */
+static void together(sides *s) {
+  char title[160], size[3][32];
+  kvcached_region_t cache, buffers;
+  s->kind_bit = KVCACHED_ALL_KINDS;
+  KVC(kvcached_reserve(s->ctx, KVCACHED_KV, s->o->kv, &cache));
+  KVC(kvcached_reserve(s->ctx, KVCACHED_SCRATCH, s->o->kv, &buffers));
+  KVC(kvcached_reserve(s->ctx, KVCACHED_WEIGHTS, s->o->weights, &s->region));
+  size_t large = kvcached_region_size(s->region), small = kvcached_region_size(cache);
+  s->bytes = large + small;
+  s->all = s->bytes + kvcached_region_size(buffers);
+  begin_raw(s, kvcached_region_page_size(s->region));
+  const uint64_t *content = s->pin + large / sizeof(*s->pin);
+  KVC(kvcached_write(s->region, 0, s->pin, large));
+  KVC(kvcached_write(cache, 0, content, small));
+  KVC(kvcached_ensure(buffers, 0, kvcached_region_size(buffers)));
+  bench_size_text(size[0], sizeof(size[0]), large);
+  bench_size_text(size[1], sizeof(size[1]), small);
+  bench_size_text(size[2], sizeof(size[2]), kvcached_region_size(buffers));
+  (void)snprintf(title, sizeof(title), "WEIGHTS %s, KV %s, SCRATCH %s", size[0], size[1], size[2]);
+  report_section(s->rep, title);
+  samples sleep = {0}, wake = {0}, wake_rate = {0}, copy = {0}, in = {0};
+  for (int round = 0; round <= s->o->sleep_rounds; round++) {
+    raw_times t;
+    if (round % 2) raw_round(s, &t);
+    double slept = library_sleep(s), woke = library_wake(s);
+    if (round % 2 == 0) raw_round(s, &t);
+    if (round == 0) continue;
+    samples_add(&sleep, ms(slept));
+    samples_add(&wake, ms(woke));
+    samples_add(&copy, ms(t.in));
+    samples_add(&wake_rate, rate(s->bytes, woke));
+    samples_add(&in, rate(s->bytes, t.in));
+  }
+  row(s, "together_sleep", "sleep, host copy of the weights exists", "ms", &sleep, NULL);
+  row(s, "together_wake", "wake (raw: plain pinned copy of weights + KV)", "ms", &wake, &copy);
+  row(s, "together_wake_rate", "weights + KV + scratch together, rate", "GB/s", &wake_rate, &in);
+  if (s->o->backend == KVCACHED_BACKEND_CUDA) report_bound_ratio(s->rep, AT_LEAST, WAKE_BOUND);
+  verify(cache, content, small);
+  verify(s->region, s->pin, large);
+  end_raw(s);
+  kvcached_unreserve(cache);
+  kvcached_unreserve(buffers);
+  kvcached_unreserve(s->region);
+  KVC(kvcached_trim(s->ctx, 0, NULL));
+  samples_free(&sleep), samples_free(&wake), samples_free(&wake_rate), samples_free(&copy), samples_free(&in);
+}
+
 void bench_sleep(const bench_options *o, raw_device *dev, report *rep) {
   kvcached_ctx_t ctx = bench_open(o, 0, bench_ledger());
   sides s = {.o = o, .dev = dev, .rep = rep, .ctx = ctx};
   weights(&s);
   kv(&s);
   scratch(&s);
+  together(&s);
   kvcached_shutdown(ctx);
 }

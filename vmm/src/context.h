@@ -76,6 +76,7 @@ struct kvcached_region {
   kvc_hostcopy copy;
   kvcached_reload_fn reload;
   void *reload_user;
+  int waking;      /* wake.c: how far a wake under way has come with it */
   int dead;        /* unreserved, but some of its memory could not be taken yet */
   kvc_ahead ahead; /* asked for by prepare, and not looked at yet */
   kvc_counters counters;
@@ -216,12 +217,13 @@ int kvc_settle(struct kvcached_ctx *ctx, kvc_lane lane);
 /* ---- fill.c: the mutex held, unless it says otherwise; states are set by them ---- */
 
 /* Memory under the runs of `from` pages in [first, end) (UNMAPPED or ASLEEP), zeroed if `zero`, which become
-   `to`. The claim for all of them but stuck ones (kvc_without) has been made; what handles from the pool
-   bring along is dropped. All or none: on failure handles made are destroyed or pooled, and *kept says how
+   `to`. Zeros are queued on the caller's lane and not waited for: *queued becomes 1 where there are any. The
+   claim for all pages but stuck ones (kvc_without) has been made; what handles from the pool bring along is
+   dropped. All or none: on failure handles made are destroyed or pooled, and *kept says how
    many bytes of the claim are still held by memory. Pages that could not be unmapped again are stuck then:
    IDLE, or ASLEEP where they were so. */
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
-             uint64_t *kept);
+             int *queued, uint64_t *kept);
 
 /* The same for several spans, all or none, and a claim of kvc_missing() bytes made since the mutex was taken.
    queued: there is work on the caller's lane already that has to be finished too. */

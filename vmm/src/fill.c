@@ -226,8 +226,10 @@ static int zero_runs(struct kvcached_region *r, const kvc_span *span, uint8_t fr
   return KVCACHED_OK;
 }
 
-static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero, int queued,
-                const kvc_need *need, uint64_t claimed, uint64_t *kept) {
+/* *queued: there is work on the lane that concerns the pages. If `finish` it is waited for, else only after a
+   failure. */
+static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero, int *queued,
+                int finish, const kvc_need *need, uint64_t claimed, uint64_t *kept) {
   struct kvcached_ctx *ctx = r->ctx;
   uint64_t given = 0; /* bytes from the pool */
   int err = KVCACHED_OK;
@@ -238,15 +240,15 @@ static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_
     err = make_runs(&run, s, from, &given);
     if (err) break;
   }
-  for (const kvc_span *z = spans.at; z < end && zero && !err; z++) err = zero_runs(r, z, from, &queued);
-  if (!err && queued) {
+  for (const kvc_span *z = spans.at; z < end && zero && !err; z++) err = zero_runs(r, z, from, queued);
+  if (!err && *queued && finish) {
     err = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
-    if (!err) queued = 0;
+    if (!err) *queued = 0;
   }
   if (err) {
     kvc_detail d = kvc_detail_keep();
     uint64_t held = 0, borrowed = given;
-    run.running = queued && !kvc_settle(ctx, KVC_LANE_CALLER);
+    run.running = *queued && !kvc_settle(ctx, KVC_LANE_CALLER);
     run.queued = 0;
     if (s < end) { /* in the middle of it */
       size_t stopped = run.first;
@@ -271,16 +273,19 @@ static int fill(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_
 }
 
 int kvc_fill(struct kvcached_region *r, size_t first, size_t end, uint8_t from, uint8_t to, int zero,
-             uint64_t *kept) {
+             int *queued, uint64_t *kept) {
   const kvc_span span = {first, end};
   kvc_need need = need_of(r, (kvc_spans){&span, 1}, from);
-  return fill(r, (kvc_spans){&span, 1}, from, to, zero, 0, &need, need.all - need.stuck, kept);
+  int zeros = 0; /* what the lane had before is no matter of this call: none of it touches these pages */
+  int err = fill(r, (kvc_spans){&span, 1}, from, to, zero, &zeros, 0, &need, need.all - need.stuck, kept);
+  if (!err && zeros) *queued = 1;
+  return err;
 }
 
 int kvc_fill_missing(struct kvcached_region *r, kvc_spans spans, uint8_t from, uint8_t to, int zero,
                      int queued, uint64_t *kept) {
   kvc_need need = need_of(r, spans, from);
-  return fill(r, spans, from, to, zero, queued, &need, need.all - need.stuck - need.pooled, kept);
+  return fill(r, spans, from, to, zero, &queued, 1, &need, need.all - need.stuck - need.pooled, kept);
 }
 
 /* ---- taking memory ---- */

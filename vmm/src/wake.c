@@ -1,6 +1,8 @@
 /*
- * Waking: memory under sleeping pages again, and their content. Copies of one batch run on the bus while the
- * next batch is made and mapped, and only the end of a region is waited for.
+ * Waking: memory under sleeping pages again, and their content. The copies of all regions of one wake are
+ * queued before the first wait: while one batch is on the bus the next is made and mapped. The region with
+ * the most to copy comes first, so that all other mapping is hidden behind it; what is only zeroed comes
+ * last, and reload functions are called once everything has arrived.
  *
  * While a page has memory and lacks its content it is WAKING. That lasts no longer than the mutex is held, so
  * nobody sees it; a wake that fails makes the page ASLEEP again, and the content is still where it was.
@@ -68,69 +70,136 @@ static void put_back(struct kvcached_region *r, uint8_t state, int idle, uint64_
   }
 }
 
-/* Memory under all sleeping pages, and their content queued (or zeros in them). */
-static int fill_batches(struct kvcached_region *r, int copied, uint64_t *held) {
-  size_t most = BATCH / r->unit > 0 ? BATCH / r->unit : 1;
-  for (size_t i = 0, n; i < r->pages.top; i += n) {
-    n = kvc_pages_run(&r->pages, i, r->pages.top);
-    if (r->pages.state[i] != KVC_ASLEEP) continue;
-    if (n > most) n = most;
-    uint64_t kept = 0, fresh = kvc_without(r, i, i + n, KVC_ASLEEP);
-    int err = kvc_fill(r, i, i + n, KVC_ASLEEP, KVC_WAKING, !copied, &kept);
-    if (err) {
-      *held -= kept;
-      return err;
-    }
-    *held -= fresh;
-    if (copied) err = kvc_hostcopy_write(r, KVC_LANE_CALLER, i, n);
-    if (err) return err;
-  }
-  return KVCACHED_OK;
+/* Whether the content of its sleeping pages is in the host copy; without one, whether they read as zero or
+   have to be reloaded. */
+static int is_copied(const struct kvcached_region *r) { return r->copy.valid && r->kind != KVCACHED_SCRATCH; }
+static int is_reloaded(const struct kvcached_region *r) {
+  return r->kind == KVCACHED_WEIGHTS && !is_copied(r) && !r->copy.zero;
 }
 
-int kvc_refill(struct kvcached_region *r, uint64_t *held) {
-  struct kvcached_ctx *ctx = r->ctx;
-  int copied = r->copy.valid && r->kind != KVCACHED_SCRATCH;
-  int reload = r->kind == KVCACHED_WEIGHTS && !copied && !r->copy.zero;
-  if (reload && !r->reload)
+/* Memory under all sleeping pages of a region, and their content queued (or zeros). *queued: there is work on
+   the caller's lane. Only copies go by batches; pages without them get one set-access a run. */
+static int fill_region(struct kvcached_region *r, uint64_t *held, int *queued) {
+  int copied = is_copied(r);
+  if (is_reloaded(r) && !r->reload)
     return kvc_fail(KVCACHED_E_RELOAD,
                     "%" PRIu64
                     " bytes of weights sleep without a host copy, and their reload function was"
                     " taken back: set it again",
                     kvc_state_bytes(r, KVC_ASLEEP));
-  int err = fill_batches(r, copied, held), idle = 1;
-  if (copied) {
-    /* Whatever happened: chunks and pages are not touched by anybody else while copies are under way. */
-    kvc_detail d = kvc_detail_keep();
-    int e = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
-    if (e) idle = kvc_quiesce(ctx) == KVCACHED_OK;
-    if (err)
-      (void)kvc_detail_again(err, &d);
-    else
-      err = e;
-  }
-  if (err) {
-    kvc_detail d = kvc_detail_keep();
-    put_back(r, KVC_WAKING, idle, held);
-    return kvc_detail_again(err, &d);
-  }
+  size_t most = copied ? (BATCH / r->unit > 0 ? BATCH / r->unit : 1) : SIZE_MAX;
   for (size_t i = 0, n; i < r->pages.top; i += n) {
     n = kvc_pages_run(&r->pages, i, r->pages.top);
-    if (r->pages.state[i] == KVC_WAKING) kvc_pages_set(&r->pages, i, n, KVC_ENSURED);
-  }
-  if (reload) {
-    err = call_reload(r);
+    if (r->pages.state[i] != KVC_ASLEEP) continue;
+    if (n > most) n = most;
+    uint64_t kept = 0, fresh = kvc_without(r, i, i + n, KVC_ASLEEP);
+    int err = kvc_fill(r, i, i + n, KVC_ASLEEP, KVC_WAKING, !copied, queued, &kept);
     if (err) {
-      /* All of them, those too that were awake: the function restores the whole region the next time. */
-      kvc_detail d = kvc_detail_keep();
-      put_back(r, KVC_ENSURED, kvc_quiesce(ctx) == KVCACHED_OK, held); /* it may have launched work */
-      return kvc_detail_again(err, &d);
+      *held -= kept;
+      return err;
     }
+    *held -= fresh;
+    if (!copied) continue;
+    *queued = 1; /* of several pieces the first may be under way when the next fails */
+    err = kvc_hostcopy_write(r, KVC_LANE_CALLER, i, n);
+    if (err) return err;
   }
   return KVCACHED_OK;
 }
 
-/* ---- several regions ---- */
+/* ---- several regions: those whose `waking` says so ---- */
+
+enum {
+  NOT_WOKEN = 0,
+  TO_WAKE, /* to be filled */
+  FILLED,  /* memory under all its pages, and their content on its way */
+  WOKEN    /* for who asked for it to look at */
+};
+
+/* The one with the most to copy; what has no copy comes after all that have one. */
+static struct kvcached_region *next_to_fill(const struct kvcached_ctx *ctx) {
+  struct kvcached_region *next = NULL;
+  uint64_t most = 0;
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
+    if (r->waking != TO_WAKE) continue;
+    uint64_t bytes = is_copied(r) ? kvc_state_bytes(r, KVC_ASLEEP) : 0;
+    if (next && bytes <= most) continue;
+    next = r;
+    most = bytes;
+  }
+  return next;
+}
+
+/* Until one fails; that one is TO_WAKE still, though a part of it is filled. */
+static int fill_all(struct kvcached_ctx *ctx, uint64_t *held, int *queued) {
+  for (struct kvcached_region *r; (r = next_to_fill(ctx)); r->waking = FILLED) {
+    int err = fill_region(r, held, queued);
+    if (err) return err;
+  }
+  return KVCACHED_OK;
+}
+
+static void awake(struct kvcached_region *r) {
+  for (size_t i = 0, n; i < r->pages.top; i += n) {
+    n = kvc_pages_run(&r->pages, i, r->pages.top);
+    if (r->pages.state[i] == KVC_WAKING) kvc_pages_set(&r->pages, i, n, KVC_ENSURED);
+  }
+  r->waking = WOKEN;
+}
+
+/* Memory is there, zeroed, and nothing is under way any more: the functions may do what they like with it. On
+   failure *idle says whether the device is. */
+static int reload_all(struct kvcached_ctx *ctx, int *idle, uint64_t *held) {
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
+    if (r->waking != FILLED) continue;
+    awake(r);
+    int err = call_reload(r);
+    if (!err) continue;
+    /* All of its pages, those too that were awake: the function restores the whole region the next time. */
+    kvc_detail d = kvc_detail_keep();
+    *idle = kvc_quiesce(ctx) == KVCACHED_OK; /* it may have launched work */
+    put_back(r, KVC_ENSURED, *idle, held);
+    r->waking = NOT_WOKEN;
+    return kvc_detail_again(err, &d);
+  }
+  return KVCACHED_OK;
+}
+
+/* Wakes all regions that are TO_WAKE, with one wait. Each is WOKEN in the end, or sleeps in full as before
+   and is NOT_WOKEN; where a call for one fails, those that are complete stay awake. */
+static int refill(struct kvcached_ctx *ctx, uint64_t *held) {
+  int queued = 0, arrived = 1, idle = 1;
+  int err = fill_all(ctx, held, &queued);
+  if (queued) {
+    /* Whatever happened: chunks and pages are not touched by anybody else while copies are under way. */
+    kvc_detail d = kvc_detail_keep();
+    int e = kvc_call(ctx)->finish(ctx->device, KVC_LANE_CALLER);
+    arrived = !e;
+    if (e) {
+      if (!err) d = kvc_detail_keep();
+      idle = kvc_quiesce(ctx) == KVCACHED_OK;
+    }
+    if (err || e) err = kvc_detail_again(err ? err : e, &d);
+  }
+  for (struct kvcached_region *r = ctx->regions; r && arrived; r = r->next)
+    if (r->waking == FILLED && !is_reloaded(r)) awake(r);
+  if (!err) err = reload_all(ctx, &idle, held);
+  if (!err) return KVCACHED_OK;
+  kvc_detail d = kvc_detail_keep();
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
+    if (r->waking != TO_WAKE && r->waking != FILLED) continue;
+    put_back(r, KVC_WAKING, idle, held);
+    r->waking = NOT_WOKEN;
+  }
+  return kvc_detail_again(err, &d);
+}
+
+int kvc_refill(struct kvcached_region *r, uint64_t *held) {
+  r->waking = TO_WAKE;
+  int err = refill(r->ctx, held);
+  r->waking = NOT_WOKEN;
+  return err;
+}
 
 static int selected(const struct kvcached_region *r, unsigned kinds, const struct kvcached_region *only) {
   return (only ? r == only : (kinds & KVCACHED_KIND_BIT(r->kind)) != 0) && kvc_sleeps(r);
@@ -145,15 +214,18 @@ static int wake_once(struct kvcached_ctx *ctx, unsigned kinds, const struct kvca
     if (selected(r, kinds, only)) held += kvc_without(r, 0, r->pages.top, KVC_ASLEEP);
   int err = held > 0 ? kvc_claim(ctx, held, ctx->options.room_wait_ms, shortage) : KVCACHED_OK;
   if (err) return err;
-  for (struct kvcached_region *r = ctx->regions; r && !err; r = r->next) {
-    if (!selected(r, kinds, only)) continue;
-    err = kvc_refill(r, &held);
-    if (err) break;
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next)
+    if (selected(r, kinds, only)) r->waking = TO_WAKE;
+  err = refill(ctx, &held);
+  for (struct kvcached_region *r = ctx->regions; r; r = r->next) {
+    if (r->waking != WOKEN) continue;
+    r->waking = NOT_WOKEN;
     r->counters.wakes++;
     ++*woken;
   }
   kvc_unclaim(ctx, held);
   kvc_count_asleep(ctx);
+  if (err) kvc_publish(ctx); /* memory that could not be taken again is shown */
   return err;
 }
 
@@ -184,7 +256,6 @@ int kvc_wake_for(struct kvcached_ctx *ctx, kvc_parking *p) {
       if (err != KVCACHED_E_LIMIT && err != KVCACHED_E_NOMEM) break;
       if (find_room(ctx, err, &shortage, &room)) continue;
     }
-    if (woken > 0) kvc_publish(ctx);
     if (!kvc_park(ctx, p, err) && !(told && !ctx->told)) break;
     room = (kvc_room){0};
     begin = kvc_now_ns(); /* how long waking takes, not the wait for it */
