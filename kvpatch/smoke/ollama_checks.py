@@ -17,6 +17,7 @@ from kvpatch.smoke.ollama import (
     CONTEXT,
     Instance,
     chat,
+    children,
     create,
     embed,
     generate,
@@ -74,7 +75,11 @@ def check_ollama(recorder: Recorder, install: Install, made: Models, folder: Pat
         # The models are in the store by now.
         for name, limit, words in (
             ("a limit below one model's need is refused", _LESS_THAN_WEIGHTS, (MEMORY, _FIRST, "limit")),
-            ("a limit that compute buffers pass is refused", _NEXT_TO_NOTHING_LEFT, (MEMORY, "limit")),
+            (
+                "a limit that compute buffers pass is refused",
+                _NEXT_TO_NOTHING_LEFT,
+                (MEMORY, "limit", "compute"),
+            ),
         ):
             recorder.run(f"ollama: {name}", partial(_refused, install, folder, limit, words))
     if "on" in found:
@@ -83,7 +88,7 @@ def check_ollama(recorder: Recorder, install: Install, made: Models, folder: Pat
     for name, settings, config, needle in (
         ("a bad value", {ENABLED: "perhaps"}, None, ENABLED),
         ("a bad size", {ENABLED: "true", MEMORY: "lots"}, None, MEMORY),
-        ("a setting that does not act yet", {ENABLED: "true", IDLE: "5"}, None, IDLE),
+        ("a bad number of seconds", {ENABLED: "true", IDLE: "soon"}, None, IDLE),
         (
             "a bad line of config.yaml",
             {},
@@ -99,14 +104,10 @@ def check_ollama(recorder: Recorder, install: Install, made: Models, folder: Pat
 
 def _help(instance: Instance) -> Outcome:
     text = instance.command(9, "serve", "--help")
-    missing = [name for name in (ENABLED, MEMORY) if name not in text]
+    missing = [name for name in (ENABLED, MEMORY, IDLE) if name not in text]
     if missing:
         raise CheckFailed(
             f"`ollama serve --help` does not name {', '.join(missing)}", logs={"help": tail(text)}
-        )
-    if IDLE in text:
-        raise CheckFailed(
-            f"`ollama serve --help` offers {IDLE}, which does not act yet", logs={"help": tail(text)}
         )
     version = instance.command(9, "--version")
     named = [line for line in version.splitlines() if line.startswith("kvpatch ") and ", series " in line]
@@ -304,20 +305,26 @@ def _limited(install: Install, folder: Path, name: str, limit: str) -> Instance:
 
 
 def _turns(install: Install, folder: Path, talk: Talk) -> Outcome:
-    """Both models may be admitted, but buffers that no lease foresees fit for one: each must make the other go."""
+    """There is room for one of them: each has the other sleep, and both stay loaded."""
     limit = talk.memory["short: charge"] * 3 // 2
+    pids: list[tuple[int, ...]] = []
     with serve(_limited(install, folder, "turns", f"{limit / 1e9:.6f}").spec(), folder) as server:
         for model in (_FIRST, _SECOND, _FIRST):
             text, before = generate(server, model, _SHORT, _TOKENS), talk.texts[f"{model}, turn 2"]
             if text != before:
                 raise server.failed(f"{model} answered {text[:80]!r}, without a tight limit {before[:80]!r}")
             left = loaded(server)
+            states = {name: (one.kv or {}).get("state") for name, one in left.items()}
             charge = sum(one.bytes(server, "charge") for one in left.values())
-            if set(left) != {model} or charge > limit:
-                raise server.failed(f"limit {limit}: {sorted(left)} are loaded, charged {charge} bytes")
-        stop(server, _FIRST)
-        wait_gone(server, [_FIRST])
-    return Outcome(f"one of two at a time within {limit} bytes", {"limit": limit})
+            if charge > limit or any((state == "awake") != (name == model) for name, state in states.items()):
+                raise server.failed(f"limit {limit}, {model} was asked: {states}, charged {charge} bytes")
+            pids.append(children(server))
+        if states[_SECOND] != "asleep" or len(pids[1]) != 2 or pids[2] != pids[1]:
+            raise server.failed(f"one should sleep and none start anew: {states}, processes {pids}")
+        for model in (_SECOND, _FIRST):
+            stop(server, model)
+        wait_gone(server, [_FIRST, _SECOND])
+    return Outcome(f"one of two awake at a time within {limit} bytes", {"limit": limit})
 
 
 def _refused(install: Install, folder: Path, limit: str, words: tuple[str, ...]) -> Outcome:
@@ -334,7 +341,8 @@ def _refused(install: Install, folder: Path, limit: str, words: tuple[str, ...])
         lacks = [word for word in words if word not in message]
         if lacks:
             raise server.failed(f"the API error does not name {', '.join(lacks)}: {message}")
-        if MEMORY not in _after_start(server.log_text()):
+        told = [line for line in _after_start(server.log_text()).splitlines() if "kvcached: " in line]
+        if not any("refused" in line and "limit" in line for line in told):
             raise server.failed("the log does not show the refusal")
         if loaded(server):
             raise server.failed("/api/ps lists a model that was refused")

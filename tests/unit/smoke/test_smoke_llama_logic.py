@@ -355,7 +355,7 @@ class _CommandLine:
 
 
 def test_the_version_must_name_the_series() -> None:
-    shown = f"{ollama_checks.ENABLED} {ollama_checks.MEMORY}"
+    shown = f"{ollama_checks.ENABLED} {ollama_checks.MEMORY} {ollama_checks.IDLE}"
     named = "kvpatch 0.1.0, series llama-server-0123456789ab, Ollama 0.32.15"
     good = _CommandLine(serve=shown, version=f"ollama version is 0.32.15\n{named}")
     assert ollama_checks._help(cast(Instance, good)).detail == named
