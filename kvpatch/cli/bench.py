@@ -13,16 +13,17 @@ from kvpatch import bench, paths, plan
 from kvpatch.bench import device as devices
 from kvpatch.bench import idle, models, overhead, plot, servers, switch
 from kvpatch.bench.figures import Report
-from kvpatch.cli import options, tables
+from kvpatch.cli import bench_ollama, options, tables
 from kvpatch.cli.output import Screen
 from kvpatch.errors import SmokeError, UsageError
+from kvpatch.estimate.sizes import parse_bytes
 from kvpatch.smoke.report import CheckFailed
 
 app = typer.Typer(help="Measure against stock, in one run.", no_args_is_help=True)
 
 StockOption = Annotated[Path, typer.Option("--stock", metavar="DIR", help="A build made with --stock.")]
 PatchedOption = Annotated[
-    Path, typer.Option("--patched", metavar="DIR", help="A build of the same llama.cpp made without --stock.")
+    Path, typer.Option("--patched", metavar="DIR", help="A build of the same sources made without --stock.")
 ]
 ModelOption = Annotated[Path | None, typer.Option("--model", metavar="GGUF", help="Measure with this model.")]
 ShapeOption = Annotated[
@@ -46,6 +47,10 @@ ShortOption = Annotated[
 CheckOption = Annotated[bool, typer.Option("--check", help="Exit 9 when a bound is missed.")]
 ContextOption = Annotated[
     int | None, typer.Option("--context", help="Cells reserved (default: by the benchmark).")
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="SIZE", help="Of the device, for all models together (20GB)."),
 ]
 ThreadsOption = Annotated[int, typer.Option("--threads", help="Of each server, on a CPU.")]
 OutOption = Annotated[
@@ -84,9 +89,15 @@ def _build(
 
 
 def _served(
-    name: str, text: str, full: Any, short: Any, run: Callable[[servers.Setup, Any, Any], Report]
+    name: str,
+    text: str,
+    full: Any = None,
+    short: Any = None,
+    run: Callable[[servers.Setup, Any, Any], Report] | None = None,
+    ollama: bench_ollama.Level | None = None,
 ) -> None:
-    """Register a benchmark of servers whose plan is a value of `full`'s class."""
+    """Register a benchmark of servers whose plan is a value of `full`'s class; `ollama`: the same of builds that hold
+    Ollama."""
 
     def command(
         context: typer.Context,
@@ -98,6 +109,7 @@ def _served(
         rounds: RoundsOption = None,
         starts: StartsOption = None,
         cells: ContextOption = None,
+        budget: BudgetOption = None,
         threads: ThreadsOption = 1,
         short_run: ShortOption = False,
         check: CheckOption = False,
@@ -107,13 +119,22 @@ def _served(
     ) -> None:
         del json_output
         screen: Screen = context.obj
-        chosen = short if short_run else full
+        level = ollama if bench_ollama.holds_ollama(stock, patched) else None
+        if level is None and run is None:
+            raise UsageError(
+                f"bench {name} measures Ollama, which {stock} and {patched} do not hold",
+                hint="`kvpatch build --ollama RELEASE`, with --stock and without",
+            )
+        plans = (full, short) if level is None else (level.full, level.short)
+        chosen = plans[short_run]
         if rounds is not None:
             chosen = replace(chosen, **_rounds(name, rounds))
         if starts is not None:
             chosen = replace(chosen, **_starts(name, chosen, starts))
         if cells is not None:
             chosen = replace(chosen, context=cells)
+        if budget is not None:
+            chosen = replace(chosen, **_budget(name, chosen, budget))
         if chosen.context < chosen.least_context:
             raise UsageError(f"--context {cells}: bench {name} needs {chosen.least_context} cells at least")
         if threads < 1:
@@ -121,33 +142,23 @@ def _served(
         cache = paths.cache_root(cache_dir)
         work = (out or cache / "bench" / name).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        stock_install, patched_install, facts = servers.installs(stock, patched)
-        on = devices.of_name(device)
-        if model is not None:
-            if not model.is_file():
-                raise UsageError(f"--model {model}: there is no such file")
-            used = models.Model(path=model.absolute())
-        else:
-            wanted = models.shape_named(shape)
-            screen.note(f"{name}: a model of shape {wanted.name}")
-            used = models.ensure(models.folder(cache_dir), wanted)
-        setup = servers.Setup(
-            stock=stock_install,
-            patched=patched_install,
-            model=used,
-            device=on,
-            work=work,
-            threads=threads,
-            facts={
-                "builds": facts,
-                "model": used.path.stem,
-                "model_bytes": used.bytes,
-                "on": on.name,
-                **on.facts(),
-            },
-        )
+        common: dict[str, Any] = {
+            "stock": stock,
+            "patched": patched,
+            "model": model,
+            "shape": shape,
+            "device": device,
+            "threads": threads,
+            "work": work,
+            "cache": cache_dir,
+            "progress": lambda line: screen.note(f"{name}: {line}"),
+        }
         try:
-            report = run(setup, chosen, screen.note)
+            if level is not None:
+                report = level.run(bench_ollama.setup(chosen, **common), chosen, screen.note)
+            else:
+                assert run is not None
+                report = run(_setup(**common), chosen, screen.note)
         except CheckFailed as failure:
             logs = "".join(f"\nlast lines of {who}:\n{lines}" for who, lines in failure.logs.items())
             raise SmokeError(f"bench {name}: {failure.detail}{logs}", hint=f"logs are in {work}") from failure
@@ -159,6 +170,45 @@ def _served(
         screen.result({"report": report.to_json(), "out": str(work)})
 
     app.command(name=name, help=text)(command)
+
+
+def _setup(
+    *,
+    stock: Path,
+    patched: Path,
+    model: Path | None,
+    shape: str,
+    device: str,
+    threads: int,
+    work: Path,
+    cache: Path | None,
+    progress: Callable[[str], None],
+) -> servers.Setup:
+    stock_install, patched_install, facts = servers.installs(stock, patched)
+    on = devices.of_name(device)
+    if model is not None:
+        if not model.is_file():
+            raise UsageError(f"--model {model}: there is no such file")
+        used = models.Model(path=model.absolute())
+    else:
+        wanted = models.shape_named(shape)
+        progress(f"a model of shape {wanted.name}")
+        used = models.ensure(models.folder(cache), wanted)
+    return servers.Setup(
+        stock=stock_install,
+        patched=patched_install,
+        model=used,
+        device=on,
+        work=work,
+        threads=threads,
+        facts={
+            "builds": facts,
+            "model": used.path.stem,
+            "model_bytes": used.bytes,
+            "on": on.name,
+            **on.facts(),
+        },
+    )
 
 
 def _rounds(name: str, rounds: int) -> dict[str, int]:
@@ -173,6 +223,12 @@ def _starts(name: str, chosen: Any, starts: int) -> dict[str, int]:
     if starts < 1:
         raise UsageError(f"--starts {starts}: at least 1 is needed")
     return {"starts": starts}
+
+
+def _budget(name: str, chosen: Any, budget: str) -> dict[str, int]:
+    if not hasattr(chosen, "leave"):
+        raise UsageError(f"bench {name} has no --budget: its servers have all of the device")
+    return {"leave": parse_bytes(budget, "--budget")}
 
 
 _served(
@@ -191,8 +247,14 @@ _served(
 )
 _served(
     "switch",
-    "Several models on a card that stock fills with one.",
+    "Several models in turn on a card that stock fills with one: of llama-server, or of Ollama.",
     switch.Plan(),
     switch.SHORT,
     switch.run,
+    bench_ollama.SWITCH,
+)
+_served(
+    "capacity",
+    "Ollama: how many models are awake at once, and what an idle one holds.",
+    ollama=bench_ollama.CAPACITY,
 )
