@@ -43,7 +43,8 @@ def test_smoke_passed(built: dict[str, Any], out: Path) -> None:
 
 def test_the_layout_is_that_of_upstream_s_release(built: dict[str, Any], out: Path) -> None:
     names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
-    assert {"bin/ollama", "lib/ollama/llama-server", "lib/ollama/libkvcached.so", "kvpatch.json"} <= names
+    ours = {"bin/kvcachedd", "lib/ollama/libkvcached.so", "kvpatch.json"}
+    assert {"bin/ollama", "lib/ollama/llama-server", *ours} <= names
     assert {name.split("/")[0] for name in names} == {"bin", "lib", "kvpatch.json"}
 
 
