@@ -35,7 +35,7 @@ class Plan:
     context: int = 65536
     tokens: int = 1000
     answer: int = 32
-    most: int = 6
+    most: int = 5
     starts: int = 2
     rounds: int = 2
     batch: int = 0

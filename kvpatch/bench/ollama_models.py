@@ -61,6 +61,11 @@ class Store:
     members: tuple[Member, ...]
 
 
+def folder(shape: Shape, cache: Path | None = None) -> Path:
+    """Where the models of a shape are kept."""
+    return paths.cache_root(cache) / "bench" / f"ollama-{shape.name}"
+
+
 def store(folder: Path, shape: Shape, count: int, *, bases: Path) -> Store:
     """`count` models of this shape in `folder`; those of an earlier call are used again. `bases`: where the file that
     is copied is kept."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpatch import paths
 from kvpatch.bench import device as devices
 from kvpatch.bench import models, ollama_capacity, ollama_models, ollama_servers, ollama_switch
 from kvpatch.bench.figures import Report
@@ -57,7 +56,7 @@ def setup(
     wanted = models.shape_named(shape)
     progress(f"{plan.models} models of shape {wanted.name}")
     store = ollama_models.store(
-        paths.cache_root(cache) / "bench" / f"ollama-{wanted.name}",
+        ollama_models.folder(wanted, cache),
         wanted,
         plan.models,
         bases=models.folder(cache),

@@ -1,9 +1,10 @@
 """Packs what llama.sh needs on a machine without network into a folder:
 
-llama_pack.py OUT [--llama-cpp VERSION] [--older VERSION] [--sdists DIR] [--wheel NAME...]
+llama_pack.py OUT [--llama-cpp VERSION] [--older VERSION] [--sdists DIR] [--wheel NAME...] [--ollama STOCK PATCHED]
 
 llama.cpp.tar.xz   the stock tree, without what a build does not read; llama.cpp.commit says which it is
 older.tar.xz       that of the stage `dates`; older.commit
+ollama.tar.xz      for ollama.sh: `ollama` of these two builds of Ollama; then without `older`, which it has no use for
 whl/               wheels of what kvpatch needs and the machine has not (pure Python; with --wheel others too)
 """
 
@@ -64,10 +65,17 @@ def main() -> int:
     parser.add_argument("--sdists", type=Path, help="where source distributions already are")
     parser.add_argument("--wheel", action="append", default=[], help="a package more")
     parser.add_argument("--python", default="3.12", help="the machine's Python")
+    parser.add_argument("--ollama", nargs=2, type=Path, metavar=("STOCK", "PATCHED"), help="builds of Ollama")
     given = parser.parse_args()
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    for name, version in (("llama.cpp", given.llama_cpp), ("older", given.older)):
+    trees = {"llama.cpp": given.llama_cpp}
+    if given.ollama is None:
+        trees["older"] = given.older
+    else:
+        program = Path(__file__).with_name("ollama_install.py")
+        subprocess.run([sys.executable, program, "pack", *given.ollama, out], check=True)
+    for name, version in trees.items():
         spec = f"sdist:{version}"
         if given.sdists is not None:
             spec = f"sdist:{given.sdists.absolute()}/llama_cpp_python-{version}.tar.gz"
