@@ -41,9 +41,8 @@ static found find(const call_list *list, fault_kind kind, kvcached_region_t r) {
 
 /* ---- the order ---- */
 
-/* A region of KV made before and one made after the WEIGHTS, so that order of
-   age would show; more than one batch of WEIGHTS, so that it is seen that the
-   first copy does not wait for the last mapping. */
+/* A region of KV made before and one made after the WEIGHTS, so that order of age would show; more than one
+   batch of WEIGHTS, so that it is seen that the first copy does not wait for the last mapping. */
 TEST(wake, copies_of_all_are_queued_before_the_wait) {
   static call_list list;
   const size_t page = test_page(), large = test_large_page(), batch = (size_t)64 << 20;
@@ -95,14 +94,12 @@ TEST(wake, copies_of_all_are_queued_before_the_wait) {
 
 static uint64_t wakes_of(kvcached_region_t r) { return region_stats_of(r).wakes; }
 
-/* Those that are complete stay awake, the one that is not sleeps in full; the
- * next wake does the rest. */
+/* Those that are complete stay awake, the one that is not sleeps in full; the next wake does the rest. */
 TEST(wake, complete_regions_stay_awake) {
   scene s = set_up_in("stay");
   const size_t weights = 2 * s.large + s.page;
   go_to_sleep(s.ctx, KVCACHED_ALL_KINDS);
-  fault_set(FAULT_WRITE, 3, KVCACHED_E_DEVICE); /* two for KV, which is more here, and then one
-                                                   for WEIGHTS */
+  fault_set(FAULT_WRITE, 3, KVCACHED_E_DEVICE); /* two for KV, which is more here, and then one for WEIGHTS */
   CHECK_IS(kvcached_wake(s.ctx, KVCACHED_ALL_KINDS), KVCACHED_E_DEVICE);
   CHECK_DETAIL("injected failure of write");
   fault_clear();

@@ -61,7 +61,7 @@ uint64_t kvc_spare_bytes(const struct kvcached_ctx *ctx) { return kvc_pool_bytes
 uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct kvcached_region *keep,
                           kvc_spans spans) {
   kvc_detail d = kvc_detail_keep();
-  uint64_t freed = 0;
+  uint64_t freed = 0, orphaned = ctx->pool.orphan_bytes;
   int err = take_pool(ctx, bytes, &freed);
   if (freed < bytes && idle_bytes(ctx) > 0) {
     /* A kernel launched before its pages were released may still be reading them. */
@@ -80,6 +80,8 @@ uint64_t kvc_give_up_idle(struct kvcached_ctx *ctx, uint64_t bytes, const struct
     kvc_reap(ctx);
     kvc_publish(ctx);
     kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
+  } else if (ctx->pool.orphan_bytes != orphaned) {
+    kvc_publish(ctx); /* what was idle is unmapped, though the driver keeps it */
   }
   (void)kvc_detail_again(err, &d);
   return freed;
@@ -89,7 +91,7 @@ int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
   *freed = 0;
   uint64_t all = kvc_spare_bytes(ctx);
   if (all <= keep) return KVCACHED_OK;
-  uint64_t bytes = all - keep;
+  uint64_t bytes = all - keep, orphaned = ctx->pool.orphan_bytes;
   int err = take_pool(ctx, bytes, freed);
   int e = take_state(ctx, KVC_READY, bytes, NULL, (kvc_spans){0}, freed);
   if (!err) err = e;
@@ -100,6 +102,8 @@ int kvc_trim(struct kvcached_ctx *ctx, uint64_t keep, uint64_t *freed) {
     kvc_reap(ctx);
     kvc_publish(ctx);
     kvc_event(ctx, KVCACHED_EVENT_TRIMMED);
+  } else if (ctx->pool.orphan_bytes != orphaned) {
+    kvc_publish(ctx);
   }
   return err;
 }
