@@ -95,7 +95,8 @@ func (c *KVCache) take(d *demand) (taken bool, err error) {
 		taken = true
 		d.finish(nil)
 	case errors.As(err, &full):
-		d.after = m.library.Monotonic() + 50*time.Millisecond
+		d.after = m.library.Monotonic() + min(50*time.Millisecond<<min(d.tries, 5), time.Second)
+		d.tries++
 		err = nil
 	default:
 		d.finish(err)

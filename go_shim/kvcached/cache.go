@@ -1,6 +1,7 @@
 package kvcached
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -104,7 +105,8 @@ func (c *KVCache) Allocate(size int) error {
 	}
 
 	var parts []*part
-	for i, bytes := range c.split(uint64(size)) {
+	sizes := c.split(uint64(size))
+	for i, bytes := range sizes {
 		s := c.shares[i]
 		m.mu.Lock()
 		limit := s.pool.limit
@@ -118,12 +120,22 @@ func (c *KVCache) Allocate(size int) error {
 			cache: c, pool: s.pool, slot: slot, limit: limit, main: s.main, there: true,
 			seen: Slot{Index: slot, Name: c.name, Group: m.group, Lease: bytes, Charge: bytes, Leased: true},
 		})
+		s.pool.announce(limit)
+		if err := s.pool.cover(context.Background()); errors.Is(err, ErrLimit) {
+			dropLeases(parts)
+			return c.refused(s, bytes, err)
+		} else if err != nil {
+			s.pool.uncovered(err) // the service's own trouble is none of this server's models
+		}
 	}
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	c.reset()
 	c.parts = parts
+	for i, bytes := range sizes {
+		c.shares[i].size = bytes
+	}
 	m.caches[c] = struct{}{}
 	for _, part := range parts {
 		part.pool.parts = append(part.pool.parts, part)
@@ -221,6 +233,19 @@ func (c *KVCache) Slot() int {
 		return noSlot
 	}
 	return c.parts[0].slot
+}
+
+// Whole says whether the leases cover the whole need on every device: such a model needs no margin beside it when its
+// layers are divided. Where it does not, the rest is to go elsewhere.
+func (c *KVCache) Whole() bool {
+	c.manager.mu.Lock()
+	defer c.manager.mu.Unlock()
+	for _, s := range c.shares {
+		if s.main && s.size < s.need.Total() {
+			return false
+		}
+	}
+	return len(c.parts) > 0
 }
 
 // Need is what the cache was made for.

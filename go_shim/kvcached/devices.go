@@ -103,13 +103,18 @@ func (m *Manager) poolOf(device Device) (*pool, error) {
 	p := m.newPool(device, ledger)
 	p.limit, p.source = m.deviceLimit(device)
 	m.mu.Lock()
+	if m.over {
+		m.mu.Unlock()
+		return nil, errClosed
+	}
 	m.pools = append(m.pools, p)
 	if !m.host.changed {
 		m.host.limit, m.host.source = NoLimit, ""
 	}
-	m.mu.Unlock()
 	m.startPool(p)
-	slog.Info("kvcached: device", "device", device.ID, "name", device.Name, "ledger", path, "limit", sizeOrNone(p.limit), "set_by", p.source)
+	limit, source := p.limit, p.source
+	m.mu.Unlock()
+	slog.Info("kvcached: device", "device", device.ID, "name", device.Name, "ledger", path, "limit", sizeOrNone(limit), "set_by", source)
 	return p, nil
 }
 

@@ -15,6 +15,7 @@
 //	room, victims   who gets room, and what is done to make some
 //	sleep           commands to children, timers, unloading                     KVCache.Sleep, Manager.OnUnload
 //	report          /api/ps, errors                                             Manager.Stats, LimitError
+//	client, budget  kvcachedd, and what is charged where it has other ledgers   Client, Settings.Socket
 //
 // The library is reached through the Library interface. Its cgo side is generated (zz_generated_cgo_linux.go) and
 // registers itself; in a build without it (no cgo, or not Linux) Start returns ErrUnsupported and nothing changes.
@@ -35,7 +36,7 @@
 //
 // # Locks
 //
-// KVCache.leases, then Manager.mu, and Manager.opening, then Manager.mu; nothing else is locked under Manager.mu, and
+// KVCache.leases, then budget.changing, then Manager.mu, and Manager.opening, then Manager.mu; nothing else is locked under Manager.mu, and
 // KVCache.leases and Manager.opening are never held together. KVCache.leases is held while a ledger takes or gives back a
 // lease, Manager.opening while one is opened. No lock is held while the ledger is read, while a command or a bell is waited
 // for, or while the scheduler is asked to unload a model. So callers may hold locks of their own in Begin, End, Sleep,

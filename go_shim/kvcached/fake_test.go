@@ -53,6 +53,7 @@ type fakeLedger struct {
 	refused  map[int]time.Duration                    // WantsSince of the claim
 	hostRoom uint64                                   // for what sleeps
 	leases   []error                                  // answers to the next leases; nil: as the room is
+	round    bool                                     // limits are kept in units, as in the real one
 }
 
 func newFakeLedger(path string) *fakeLedger {
@@ -129,7 +130,11 @@ func (l *fakeLedger) Unlease(slot int) error {
 	if i < 0 {
 		return &LibraryError{Code: -8, Name: "KVCACHED_E_SLOT", Text: "not leased"}
 	}
+	group := l.slots[i].Group
 	l.slots = slices.Delete(l.slots, i, i+1)
+	if !slices.ContainsFunc(l.slots, func(s Slot) bool { return s.Group == group }) {
+		delete(l.limits, group) // it lives with the group's slots
+	}
 	l.ring()
 	return nil
 }
@@ -164,6 +169,9 @@ func (l *fakeLedger) Wait(seen uint32, timeout time.Duration) (uint32, error) {
 func (l *fakeLedger) SetLimit(group string, bytes uint64) (Limit, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.round && bytes != NoLimit {
+		bytes &^= 4095
+	}
 	l.limits[group] = Limit{Revision: l.limits[group].Revision + 1, Bytes: bytes}
 	l.ring()
 	return l.limits[group], l.fail

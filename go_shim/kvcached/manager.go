@@ -29,6 +29,9 @@ type Manager struct {
 	policy   Policy
 	host     *pool
 
+	service     *Client // nil where the settings name no socket
+	stopService func()
+
 	opening sync.Mutex     // one ledger is opened at a time; taken before mu
 	closed  chan struct{}  // closed by Close
 	running sync.WaitGroup // goroutines
@@ -108,7 +111,10 @@ func Open(settings Settings, library Library, path string) (*Manager, error) {
 	m.host = m.newPool(Device{ID: HostID, Name: "CPU"}, ledger)
 	m.host.limit, m.host.source = settings.Limit, settings.Source
 	m.pools = []*pool{m.host}
+	m.mu.Lock()
 	m.startPool(m.host)
+	m.mu.Unlock()
+	m.followService()
 	return m, nil
 }
 
@@ -127,7 +133,13 @@ func (m *Manager) Close() {
 		}
 	}
 	m.mu.Unlock()
+	if m.service != nil {
+		m.stopService()
+	}
 	m.running.Wait()
+	if m.service != nil {
+		m.service.Close()
+	}
 }
 
 // spawn runs f on a goroutine that Close waits for. Held: mu.
@@ -219,18 +231,6 @@ func (m *Manager) ByModel(model string) *KVCache {
 	for c := range m.caches {
 		if c.model == model {
 			return c
-		}
-	}
-	return nil
-}
-
-// BySlot is the cache that holds the lease of a slot in host memory's ledger, nil if there is none.
-func (m *Manager) BySlot(slot int) *KVCache {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, part := range m.host.parts {
-		if part.slot == slot {
-			return part.cache
 		}
 	}
 	return nil

@@ -36,8 +36,8 @@ func TestAllocateAndFree(t *testing.T) {
 	if got := cache.Env(); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("environment: %v, want %v", got, want)
 	}
-	if manager.BySlot(0) != cache {
-		t.Error("the slot does not lead to its cache")
+	if manager.ByModel("/models/sha256-abc") != cache || !cache.Whole() {
+		t.Error("the model does not lead to its cache")
 	}
 	if err := cache.Allocate(1); err == nil || !strings.Contains(err.Error(), "already holds") {
 		t.Errorf("second lease: %v", err)
@@ -45,7 +45,7 @@ func TestAllocateAndFree(t *testing.T) {
 
 	cache.Free()
 	cache.Free()
-	if len(ledger.slots) != 0 || manager.BySlot(0) != nil || cache.Slot() != -1 {
+	if len(ledger.slots) != 0 || manager.ByModel("/models/sha256-abc") != nil || cache.Whole() || cache.Slot() != -1 {
 		t.Errorf("after free: %+v", ledger.slots)
 	}
 	if err := cache.Allocate(1000); err != nil {
@@ -146,32 +146,6 @@ func TestErrorsAreNotTakenForADeviceFailure(t *testing.T) {
 	}
 }
 
-func TestCheck(t *testing.T) {
-	manager, _ := fakeManager(t, 1000)
-	if err := manager.NewKVCache("a", Need{Weights: 600}).Allocate(600); err != nil {
-		t.Fatal(err)
-	}
-	if err := manager.Check("b", Need{Weights: 300, FirstStep: 100}); err != nil {
-		t.Errorf("exactly what is left: %v", err)
-	}
-	var refusal *LimitError
-	if err := manager.Check("b", Need{Weights: 300, FirstStep: 101}); !errors.As(err, &refusal) || !refusal.FitsAlone() {
-		t.Errorf("one byte too many: %v", err)
-	}
-	if err := manager.Check("b", Need{Weights: 1001}); !errors.As(err, &refusal) || refusal.FitsAlone() {
-		t.Errorf("more than the limit: %v", err)
-	}
-	if err := manager.Check("b", Need{Weights: 1 << 63, FirstStep: 1 << 62}); !errors.As(err, &refusal) {
-		t.Errorf("absurd: %v", err)
-	}
-
-	unlimited, ledger := fakeManager(t, NoLimit)
-	ledger.breakWith(errors.New("must not be read"))
-	if err := unlimited.Check("b", Need{Weights: 1 << 62}); err != nil {
-		t.Errorf("no limit: %v", err)
-	}
-}
-
 func TestStats(t *testing.T) {
 	manager, ledger := fakeManager(t, 1000)
 	manager.SetName("/m/a", "a:latest")
@@ -227,7 +201,7 @@ func TestFreeSurvivesALostLedger(t *testing.T) {
 	}
 	ledger.breakWith(errors.New("gone"))
 	cache.Free()
-	if cache.Slot() != -1 || manager.BySlot(0) != nil {
+	if cache.Slot() != -1 || manager.ByModel("m") != nil {
 		t.Error("the cache still believes in its lease")
 	}
 }
@@ -295,8 +269,8 @@ func TestConcurrentLeasesKeepTheLimit(t *testing.T) {
 					}
 					continue
 				}
-				if manager.BySlot(cache.Slot()) != cache {
-					t.Error("slot of another cache")
+				if manager.ByModel(cache.Model()) != cache {
+					t.Error("the model has another cache")
 				}
 				if slots, _ := ledger.Slots(); len(slots) > 3 {
 					t.Errorf("%d leases of 3 under a limit of 10", len(slots))

@@ -42,13 +42,14 @@ type pool struct {
 	waking  *demand
 	parts   []*part
 	broken  bool // the last look failed, and was logged
+	budget  budget
 }
 
 func (m *Manager) newPool(device Device, ledger Ledger) *pool {
 	return &pool{manager: m, device: device, ledger: ledger, kicked: make(chan struct{}, 1), limit: NoLimit}
 }
 
-// startPool starts the goroutines of a pool; they end with Manager.Close.
+// startPool starts the goroutines of a pool; they end with Manager.Close. Held: mu.
 func (m *Manager) startPool(p *pool) {
 	m.running.Add(2)
 	go func() { defer m.running.Done(); p.listen() }()
@@ -58,7 +59,7 @@ func (m *Manager) startPool(p *pool) {
 // update takes over what a newer list of devices says. Held: mu.
 func (p *pool) update(device Device) {
 	p.device.Free = device.Free
-	if device.Total != p.device.Total && device.Total != 0 {
+	if p.device.Total == 0 && device.Total != 0 {
 		p.device.Total = device.Total
 		if !p.changed {
 			p.limit, p.source = p.manager.deviceLimit(p.device)
@@ -198,12 +199,16 @@ func (p *pool) see(slots []Slot, own, all Limit) view {
 	sortCharges(v.charges)
 
 	// A limit set by others stays this server's: the ledger forgets it with the group's last slot.
-	if own.Revision > 0 && (own.Bytes != p.limit || !p.changed) {
+	if own.Revision > 0 && own.Bytes != p.limit && own.Bytes != inLedger(p.limit) {
 		slog.Info("kvcached: the limit was set", "device", p.device.ID, "limit", sizeOrNone(own.Bytes), "before", sizeOrNone(p.limit),
 			"charged", FormatSize(v.charge))
 		p.limit, p.source, p.changed = own.Bytes, "a command while the server runs", true
 	}
-	v.limit, v.most = p.limit, p.limit
+	v.limit = p.limit
+	if own.Revision > 0 {
+		v.limit = own.Bytes
+	}
+	v.most = v.limit
 	v.room = toRoom(v.limit) - toRoom(v.charge)
 	if all.Revision > 0 && all.Bytes != NoLimit {
 		v.most = min(v.most, all.Bytes)
@@ -211,6 +216,8 @@ func (p *pool) see(slots []Slot, own, all Limit) view {
 			v.room, v.foreign = room, total > v.charge
 		}
 	}
+
+	p.budget.bound(&v)
 
 	for _, part := range p.parts {
 		s := bySlot[part.slot]
@@ -231,4 +238,25 @@ func (p *pool) see(slots []Slot, own, all Limit) view {
 // remove takes a part out. Held: mu.
 func (p *pool) remove(gone *part) {
 	p.parts = slices.DeleteFunc(p.parts, func(part *part) bool { return part == gone })
+}
+
+// inLedger is a limit as the ledger keeps it: in units of a small page.
+func inLedger(limit uint64) uint64 {
+	if limit == NoLimit {
+		return limit
+	}
+	return limit &^ 4095
+}
+
+// announce sets the limit in the ledger, where the group has just got its first slot there: so that others see it, and it
+// can be changed while the server runs. A limit that was set is left alone. Not held: Manager.mu.
+func (p *pool) announce(limit uint64) {
+	group := p.manager.group
+	set, err := p.ledger.Limit(group)
+	if err == nil && set.Revision == 0 && limit != NoLimit {
+		_, err = p.ledger.SetLimit(group, limit)
+	}
+	if err != nil {
+		slog.Warn("kvcached: the limit is kept, but cannot be shown in the ledger", "device", p.device.ID, "limit", sizeOrNone(limit), "error", err)
+	}
 }

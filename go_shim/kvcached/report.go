@@ -116,27 +116,6 @@ func (m *Manager) Describe() string {
 		m.library.Version(), m.host.ledger.Path(), m.group, limit, m.policy.Name())
 }
 
-// Check says whether a model with this need could get its lease in host memory now: nil, or the *LimitError that Allocate
-// would return. Another process may change the answer before Allocate is called.
-func (m *Manager) Check(model string, need Need) error {
-	m.mu.Lock()
-	limit := m.host.limit
-	m.mu.Unlock()
-	if limit == NoLimit {
-		return nil
-	}
-	name := m.Name(model)
-	v, err := m.host.look()
-	if err != nil {
-		return err
-	}
-	defer m.mu.Unlock()
-	if toRoom(need.Total()) <= v.room && need.Total() <= v.limit {
-		return nil
-	}
-	return m.host.refusal(name, need, v)
-}
-
 // refusal is the error for a model that a pool has no room for. Held: Manager.mu.
 func (p *pool) refusal(name string, need Need, v view) *LimitError {
 	e := &LimitError{Model: name, Need: need, Limit: v.most, Source: p.source, Others: v.charges}

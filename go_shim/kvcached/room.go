@@ -117,7 +117,13 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 		case blocked:
 		case !d.wake && v.limit != NoLimit && p.manager.loads():
 			// Loads follow each other, and one that has begun may lack room yet: no other's lease is to be in its way.
-		case d.wake && d.cache.sleeping != 0, d.wake && p.waking != nil && p.waking != d:
+		case d.wake && d.cache.sleeping != 0:
+			// Its child may hang: then the others need not wait for it.
+			left := sleepCounts - (v.now - d.cache.sleeping)
+			if blocked = left > 0; blocked {
+				next = min(next, left)
+			}
+		case d.wake && p.waking != nil && p.waking != d:
 			blocked = true
 		case d.after > v.now:
 			blocked = true
