@@ -57,7 +57,9 @@ def layout(packed: Path, llama: Path, target: Path, name: str) -> None:
 def _lay_out(root: Path, llama: Path, name: str) -> None:
     ours, theirs = manifest.read(root), manifest.read(llama)
     commits = [made["upstream_commits"]["llama.cpp"] for made in (ours, theirs)]
-    if not commits[1].startswith(commits[0]) and not commits[0].startswith(commits[1]):
+    # One of them may be known by the first characters alone.
+    short, whole = sorted(commits, key=len)
+    if not short or not whole.startswith(short):
         raise SystemExit(f"{root} is for llama.cpp {commits[0]}, {llama} is {commits[1]}")
     if ours["stock"] != theirs["stock"]:
         raise SystemExit(f"{llama} is not of the side of {root}")
