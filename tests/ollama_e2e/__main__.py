@@ -5,10 +5,10 @@
 Parts: `traffic`: eight clients at once, different models, num_ctx, routes, streamed or not; no request may fail,
 each answer must be the one that the stock build gives to a single client; models must sleep, wake and wait for
 room, and none may be loaded twice. `rude`: the same with clients that hang up, keep_alive 0, -1 and short, `ollama
-stop`. `keeping`: keep_alive and `ollama stop` one by one. `kills` (with --kills): kill -9 of runners and of `ollama
-serve`. `identity`: switched off, answers, /api/ps, argv and environment of the child are stock's. After each part
-nothing may be left: processes, slots of the ledger, files, sockets. OUT/ollama-e2e.json has everything. Exit: 0
-good, 1 not, 2 usage."""
+stop`. `keeping`: keep_alive and `ollama stop` one by one. `kills` and `service` (with --kills): kill -9 of runners,
+of `ollama serve` and of kvcachedd. `identity`: switched off, answers, /api/ps, argv and environment of the child
+are stock's. After each part nothing may be left: processes, slots of the ledger, files, sockets.
+OUT/ollama-e2e.json has everything. Exit: 0 good, 1 not, 2 usage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kvpatch.process import ProcessFailure
 from kvpatch.smoke.install import Install
 from kvpatch.smoke.report import CheckFailed
 from tests.ollama_e2e.run import Report, run
-from tests.ollama_e2e.setting import PARTS, Options
+from tests.ollama_e2e.setting import KILLS, PARTS, Options
 from tests.ollama_e2e.verdict import Evidence
 
 _MIB = 2**20
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     say(f"seed {seed}")
-    parts = tuple(args.only or (part for part in PARTS if part != "kills" or args.kills))
+    parts = tuple(args.only or (part for part in PARTS if part not in KILLS or args.kills))
     folder = (args.out or Path(tempfile.mkdtemp(prefix="ollama-e2e-"))).absolute()
     try:
         stock, patched = Install.detect(args.stock), Install.detect(args.patched)
@@ -108,10 +108,11 @@ def _plain(value: object) -> object:
 def _lines(one: Evidence) -> list[str]:
     lines = []
     if one.tally is not None:
+        found = one.tally
         lines.append(
-            f"{one.name}: {one.tally.answers} answers, {len(one.tally.wrong)} differ ({one.tally.ties} "
-            f"more where stock's two best tokens tie), {len(one.tally.failures)} failures, {one.tally.dropped} clients hung up; slowest "
-            f"{one.tally.slowest:.1f} s"
+            f"{one.name}: {found.answers} answers, {len(found.wrong)} differ ({found.ties} more where stock's two "
+            f"best tokens tie), {len(found.failures)} failures, {found.dropped} clients hung up; slowest "
+            f"{found.slowest:.1f} s"
         )
     else:
         lines.append(f"{one.name}: {len(one.problems)} problems")

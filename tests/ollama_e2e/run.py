@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvpatch.hashing import of_value
 from kvpatch.smoke.report import CheckFailed
-from tests.ollama_e2e import identity, keeping, kills, sides, traffic, verdict, watch
+from tests.ollama_e2e import identity, keeping, kills, service, sides, traffic, verdict, watch
 from tests.ollama_e2e.questions import questions
 from tests.ollama_e2e.reference import reference
 from tests.ollama_e2e.setting import Options, Say, Setting
@@ -47,6 +47,7 @@ def run(options: Options, say: Say) -> Report:
         "rude": lambda: _traffic(setting, "rude", traffic.RUDE, options.minutes * 60 * _RUDE_SHARE),
         "keeping": lambda: keeping.check(setting),
         "kills": lambda: kills.check(setting),
+        "service": lambda: service.check(setting),
         "identity": lambda: identity.check(setting),
     }
     evidence = []

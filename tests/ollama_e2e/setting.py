@@ -13,7 +13,8 @@ from tests.ollama_e2e.questions import Question
 from tests.ollama_e2e.reference import Reference
 from tests.ollama_e2e.zoo import Member
 
-PARTS = ("traffic", "rude", "keeping", "kills", "identity")
+PARTS = ("traffic", "rude", "keeping", "kills", "service", "identity")
+KILLS = ("kills", "service")
 Say = Callable[[str], None]
 
 
