@@ -94,9 +94,8 @@ def _measure(setup: Setup, plan: Plan, one: Talker, found: _Found, before: int) 
     for number, member in enumerate(setup.store.members[: plan.most], 1):
         try:
             talks.append(_converse(one, member, plan, number))
-        except CheckFailed:
-            # A model that is refused is one that does not fit; anything else is not to be counted.
-            if one.server.returncode() is not None or "memory" not in one.server.log_text():
+        except CheckFailed as failure:
+            if number == 1 or not refused_for_memory(failure.detail):
                 raise
             break
         if not all_awake(one, [talk.member for talk in talks], setup) or not _answered(one, talks, plan):
@@ -127,6 +126,12 @@ def _measure(setup: Setup, plan: Plan, one: Talker, found: _Found, before: int) 
 def _converse(one: Talker, member: Member, plan: Plan, number: int) -> Conversation:
     like = SwitchPlan(tokens=plan.tokens, answer=plan.answer)
     return Conversation(one, member, like, plan.context, number)
+
+
+def refused_for_memory(detail: str) -> bool:
+    """Whether a failure is that of a model which does not fit; nothing else ends the count."""
+    lower = detail.lower()
+    return "was answered 5" in lower and any(word in lower for word in ("memory", "allocate", "limit"))
 
 
 def all_awake(one: Talker, members: Sequence[Member], setup: Setup) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from kvpatch import pools
@@ -11,6 +12,10 @@ from kvpatch.pools import Device, Drivers
 from kvpatch.pools.files import VARIABLE
 from kvpatch.runtime import load
 from kvpatch.smoke.report import CheckFailed
+
+# A process measures what its context holds when it has been idle for a second.
+_MEASURED_AFTER = 1.5
+_MEASURED_WITHIN = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +54,16 @@ def device(setup: Setup, one: Talker) -> Device:
 
 
 def look(setup: Setup, one: Talker) -> Look:
-    """Raises CheckFailed when a figure is missing."""
+    """Raises CheckFailed when a figure is missing, or a process's context is not measured in time."""
+    if setup.on_gpu:
+        time.sleep(_MEASURED_AFTER)
+    end = time.monotonic() + _MEASURED_WITHIN
     found = device(setup, one)
+    while setup.on_gpu and not all(pool.context_bytes for pool in found.pools):
+        if time.monotonic() > end:
+            raise CheckFailed(f"a context is not measured: {found.to_json()}", logs=one.server.logs())
+        time.sleep(0.1)
+        found = device(setup, one)
     if found.mapped is None or found.driver is None:
         raise CheckFailed(f"{found.id}: a figure is missing: {found.to_json()}", logs=one.server.logs())
     return Look(ledger=found.mapped, contexts=found.context_bytes, driver=found.driver.used)

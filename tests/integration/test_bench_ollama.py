@@ -25,7 +25,8 @@ def _bench(name: str, kvpatch: Kvpatch, stock: Install, patched: Install, out: P
 
 
 def _rows(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row["sides"] for row in report["rows"]}
+    # Of two rows with one name the first: what both sides have.
+    return {row["name"]: row["sides"] for row in reversed(report["rows"])}
 
 
 def _holding(report: dict[str, Any]) -> dict[str, bool]:

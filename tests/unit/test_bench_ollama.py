@@ -233,6 +233,20 @@ def test_as_many_are_awake_as_answer_without_a_wake(
     assert ("one more than fits" in found.top) == (side == "on" and fits < _COUNT)
 
 
+@pytest.mark.parametrize(
+    ("detail", "expected"),
+    [
+        ("m was answered 500: model requires more system memory", True),
+        ("m was answered 503: raise the limit", True),
+        ("m was answered 404: model not found, memory", False),
+        ("ollama-on: a completion broke off, though the process still runs", False),
+        ("m does not repeat its answer", False),
+    ],
+)
+def test_only_a_refusal_for_memory_ends_the_count(detail: str, expected: bool) -> None:
+    assert ollama_capacity.refused_for_memory(detail) is expected
+
+
 def test_who_answers_otherwise_is_noticed(store: Store) -> None:
     setup = _setup(store)
     talker: Any = _Talker(setup, "on", 9)
