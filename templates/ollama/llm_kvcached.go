@@ -63,7 +63,7 @@ func KVCachedWithdraw(modelPath string) (cache *kvcached.KVCache, leased uint64)
 // kvcachedPrepare sets the context that is reserved, and so the runner's own: what a request may use of it is bounded with
 // the request. With elastic memory off it only spells out what the user may have written in another way, for the child to
 // read.
-func kvcachedPrepare(env map[string]string, f *ggml.GGML, opts *api.Options) {
+func kvcachedPrepare(env map[string]string, f *ggml.GGML, opts *api.Options, parallel int, shift bool) {
 	manager := kvcached.Default()
 	if manager == nil {
 		if _, set := os.LookupEnv(kvcached.EnabledVariable); set {
@@ -71,17 +71,21 @@ func kvcachedPrepare(env map[string]string, f *ggml.GGML, opts *api.Options) {
 		}
 		return
 	}
-	opts.NumCtx = KVCachedReserve(manager, f, opts.NumCtx)
+	opts.NumCtx = KVCachedReserve(manager, f, *opts, parallel, shift)
 }
 
-// KVCachedReserve is the context that a model is loaded with for a request with this num_ctx: as many tokens as the settings
-// ask for, never more than the model was trained with, never less than the request's own.
-func KVCachedReserve(manager *kvcached.Manager, f *ggml.GGML, numCtx int) int {
+// KVCachedReserve is the context that a model is loaded with for a request with these options: as many tokens as the settings
+// ask for, never more than the model was trained with, never less than the request's own; and that alone where the model
+// could not shift (it is to, shift says) in a longer one.
+func KVCachedReserve(manager *kvcached.Manager, f *ggml.GGML, opts api.Options, parallel int, shift bool) int {
 	reserve := manager.Settings().MaxCtx
 	if trained := int(f.KV().ContextLength()); trained > 0 {
 		reserve = min(reserve, trained)
 	}
-	return max(numCtx, reserve)
+	if kvcachedWindowed(f, opts, parallel, reserve, shift) {
+		return opts.NumCtx
+	}
+	return max(opts.NumCtx, reserve)
 }
 
 // kvcachedStart starts the child by the function given, on the leases that the scheduler took for it. They end with their
@@ -114,7 +118,7 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 
 	s.kvcached.cache.Store(cache)
 	variables := cache.Env()
-	maps.Copy(variables, s.kvcachedFit(cache.Need()))
+	maps.Copy(variables, s.kvcachedFit(cache.Whole()))
 	s.kvcached.variables = slices.Collect(maps.Keys(variables))
 	maps.Copy(s.launch.extraEnvs, variables)
 	if s.client != nil {
@@ -142,7 +146,7 @@ func (s *llamaServerRunner) kvcachedStart(start func(llamaServerLaunchConfig, io
 // kvcachedFit has llama-server put all layers on the GPU where the whole model was leased. Left alone it keeps a margin free
 // beside the model, which under a limit is others' memory; and one for a projector, which is in the lease. A model that
 // was leased less than it needs is split by its rules, as on a card of the limit's size.
-func (s *llamaServerRunner) kvcachedFit(need kvcached.Need) map[string]string {
+func (s *llamaServerRunner) kvcachedFit(whole bool) map[string]string {
 	const fit, target = "LLAMA_ARG_FIT", "LLAMA_ARG_FIT_TARGET"
 	for _, name := range []string{fit, target} {
 		if _, set := os.LookupEnv(name); set {
@@ -150,7 +154,7 @@ func (s *llamaServerRunner) kvcachedFit(need kvcached.Need) map[string]string {
 		}
 	}
 	switch {
-	case len(s.launch.gpus) == 0 || s.launch.opts.NumGPU >= 0 || s.kvcached.leased < need.Total():
+	case len(s.launch.gpus) == 0 || s.launch.opts.NumGPU >= 0 || !whole:
 		return nil
 	case len(s.launch.projectors) > 0:
 		return map[string]string{fit: "off"}

@@ -69,10 +69,6 @@ func (s *Scheduler) kvcachedAttach(manager *kvcached.Manager) {
 	manager.OnUnload(s.kvcachedUnload)
 	s.getGpuFn = s.kvcachedWatch(manager, s.getGpuFn)
 	s.loadFn = s.kvcachedLoad(manager, s.loadFn)
-	if settings := manager.Settings(); settings.Socket != "" {
-		// The limits that the service sets are in the ledgers. This has the log say whether there is anybody to set them.
-		go kvcached.NewClient(settings.Socket, settings.Group).Follow(context.Background(), nil)
-	}
 }
 
 // kvcachedLoad loads a model on the lease that was taken for it. Whether it fits is decided by that, so that upstream's own

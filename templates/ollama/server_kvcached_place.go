@@ -136,7 +136,8 @@ func (s *Scheduler) kvcachedNeed(manager *kvcached.Manager, req *LlmRequest, f *
 	if disableMmapDefaultReason(runtime.GOOS, req.opts, gpus, f.KV().BlockCount(), predicted, available) != "" {
 		sized.opts.UseMMap = new(bool)
 	}
-	sized.opts.NumCtx = llm.KVCachedReserve(manager, f, effectiveModelContext(req.opts.NumCtx, f))
+	sized.opts.NumCtx = effectiveModelContext(req.opts.NumCtx, f)
+	sized.opts.NumCtx = llm.KVCachedReserve(manager, f, sized.opts, parallel, req.contextShift && len(req.model.ProjectorPaths) == 0)
 
 	need := llm.KVCachedNeed(llm.KVCachedLoad{
 		ModelPath: req.model.ModelPath, GGML: f, Adapters: req.model.AdapterPaths, Projectors: req.model.ProjectorPaths,

@@ -157,9 +157,13 @@ func (a kvcachedLRU) Less(i, j int) bool {
 }
 
 // kvcachedWithin takes a request's context for the runner's where it is no larger than the one that is reserved: it needs
-// no reload, and is bounded with each completion. Held: refMu.
+// no reload, and is bounded with each completion; but for a model that could shift in the request's context, and cannot in
+// that one. Held: refMu.
 func (runner *runnerRef) kvcachedWithin(req *LlmRequest, opts *api.Runner) {
 	if !runner.kvcachedManaged() || opts.NumCtx > runner.Options.NumCtx {
+		return
+	}
+	if child, ok := runner.llama.(interface{ KVCachedWithin(int) bool }); ok && !child.KVCachedWithin(opts.NumCtx) {
 		return
 	}
 	opts.NumCtx = runner.Options.NumCtx

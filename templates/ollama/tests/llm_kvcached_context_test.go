@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/ollama/ollama/api"
+	"github.com/ollama/ollama/fs/ggml"
 	"github.com/ollama/ollama/kvcached"
 )
 
@@ -28,8 +29,52 @@ func TestKVCachedReserve(t *testing.T) {
 		kvcachedManager(t, kvcached.Settings{Limit: 1 << 30, MaxCtx: c.setting})
 		opts := api.DefaultOptions()
 		opts.NumCtx = c.asked
-		if kvcachedPrepare(map[string]string{}, f, &opts); opts.NumCtx != c.want {
+		if kvcachedPrepare(map[string]string{}, f, &opts, 1, true); opts.NumCtx != c.want {
 			t.Errorf("reserved %d, asked %d: %d, want %d", c.setting, c.asked, opts.NumCtx, c.want)
+		}
+	}
+}
+
+// A model with windows of 512 cells shifts in a context that is no longer than one of them and a batch, 1024 cells: it is
+// loaded with such a num_ctx, and its requests with one are not within a longer context. Nothing of it without context shift.
+func TestKVCachedWindows(t *testing.T) {
+	kvcachedManager(t, kvcached.Settings{Limit: 1 << 30, MaxCtx: 4096})
+	for _, c := range []struct {
+		arch       string
+		more       string // a key
+		shift      bool
+		projectors []string
+		reserved   int // what a num_ctx of 256 is loaded with
+		within     map[int]bool
+	}{
+		{"gemma2", "", true, nil, 256, map[int]bool{256: false, 1024: false, 1025: true, 4095: true, 4096: true}},
+		{"gemma2", "", false, nil, 4096, map[int]bool{256: true}},
+		{"gemma2", "", true, []string{"p"}, 4096, map[int]bool{256: true}},
+		{"gemma2", "gemma2.pooling_type", true, nil, 4096, map[int]bool{256: true}},
+		{"llama", "", true, nil, 4096, map[int]bool{256: true, 1024: true}},
+	} {
+		kv := ggml.KV{
+			"general.architecture": c.arch, c.arch + ".context_length": uint32(4096), c.arch + ".embedding_length": uint32(512),
+			c.arch + ".feed_forward_length": uint32(1024), c.arch + ".block_count": uint32(2), c.arch + ".attention.head_count": uint32(8),
+			c.arch + ".attention.head_count_kv": uint32(4), c.arch + ".attention.sliding_window": uint32(512),
+		}
+		if c.more != "" {
+			kv[c.more] = uint32(1)
+		}
+		_, f := kvcachedModelOf(t, kv)
+		opts := api.DefaultOptions()
+		opts.NumCtx, opts.NumBatch = 256, 512
+		if kvcachedPrepare(map[string]string{}, f, &opts, 1, c.shift && len(c.projectors) == 0); opts.NumCtx != c.reserved {
+			t.Errorf("%+v: loaded with %d", c, opts.NumCtx)
+		}
+		opts.NumCtx = 4096
+		runner := &llamaServerRunner{ggml: f, options: opts, launch: llamaServerLaunchConfig{
+			numParallel: 1, projectors: c.projectors, config: LlamaServerConfig{ContextShift: c.shift},
+		}}
+		for numCtx, want := range c.within {
+			if got := runner.KVCachedWithin(numCtx); got != want {
+				t.Errorf("%+v: %d: %v", c, numCtx, got)
+			}
 		}
 	}
 }

@@ -40,18 +40,23 @@ func kvcachedManager(t *testing.T, settings kvcached.Settings) (*kvcached.Manage
 
 func kvcachedModel(t *testing.T) (string, *ggml.GGML) {
 	t.Helper()
-	file, err := os.Create(filepath.Join(t.TempDir(), "model.gguf"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := ggml.WriteGGUF(file, ggml.KV{
+	return kvcachedModelOf(t, ggml.KV{
 		"general.architecture":          "llama",
 		"llama.context_length":          uint32(4096),
 		"llama.embedding_length":        uint32(512),
 		"llama.block_count":             uint32(2),
 		"llama.attention.head_count":    uint32(8),
 		"llama.attention.head_count_kv": uint32(4),
-	}, []*ggml.Tensor{{Name: "output.weight", Shape: []uint64{8}, WriterTo: bytes.NewReader(make([]byte, 32))}}); err != nil {
+	})
+}
+
+func kvcachedModelOf(t *testing.T, kv ggml.KV) (string, *ggml.GGML) {
+	t.Helper()
+	file, err := os.Create(filepath.Join(t.TempDir(), "model.gguf"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ggml.WriteGGUF(file, kv, []*ggml.Tensor{{Name: "output.weight", Shape: []uint64{8}, WriterTo: bytes.NewReader(make([]byte, 32))}}); err != nil {
 		t.Fatal(err)
 	}
 	file.Close()
@@ -262,27 +267,25 @@ func TestKVCachedRunnerWithoutALease(t *testing.T) {
 
 // llama-server keeps no margin beside a model whose whole need was leased; it splits one that got less, as on a small card.
 func TestKVCachedFit(t *testing.T) {
-	need := kvcached.Need{Weights: 1000}
 	gpus := []ml.DeviceInfo{{Name: "CUDA0"}}
 	for _, c := range []struct {
 		launch llamaServerLaunchConfig
-		leased uint64
+		whole  bool
 		user   string
 		want   map[string]string
 	}{
-		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "", map[string]string{"LLAMA_ARG_FIT_TARGET": "0"}},
-		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}, projectors: []string{"p"}}, 1000, "", map[string]string{"LLAMA_ARG_FIT": "off"}},
-		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 999, "", nil},
-		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: 5}}}, 1000, "", nil},
-		{llamaServerLaunchConfig{opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "", nil},
-		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, 1000, "LLAMA_ARG_FIT_TARGET", nil},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, true, "", map[string]string{"LLAMA_ARG_FIT_TARGET": "0"}},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}, projectors: []string{"p"}}, true, "", map[string]string{"LLAMA_ARG_FIT": "off"}},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, false, "", nil},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: 5}}}, true, "", nil},
+		{llamaServerLaunchConfig{opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, true, "", nil},
+		{llamaServerLaunchConfig{gpus: gpus, opts: api.Options{Runner: api.Runner{NumGPU: -1}}}, true, "LLAMA_ARG_FIT_TARGET", nil},
 	} {
 		if c.user != "" {
 			t.Setenv(c.user, "2048")
 		}
 		runner := &llamaServerRunner{launch: c.launch}
-		runner.kvcached.leased = c.leased
-		if got := runner.kvcachedFit(need); !maps.Equal(got, c.want) {
+		if got := runner.kvcachedFit(c.whole); !maps.Equal(got, c.want) {
 			t.Errorf("%+v: %v, want %v", c, got, c.want)
 		}
 	}
@@ -309,13 +312,13 @@ func TestKVCachedOffChangesNothing(t *testing.T) {
 	opts := api.DefaultOptions()
 	before := opts
 	os.Unsetenv(kvcached.EnabledVariable)
-	kvcachedPrepare(env, f, &opts)
+	kvcachedPrepare(env, f, &opts, 1, true)
 	if len(env) != 1 {
 		t.Errorf("%v", env)
 	}
 	// What Ollama reads as off (quotes are trimmed) must be off for the runner, too.
 	t.Setenv(kvcached.EnabledVariable, `"no"`)
-	kvcachedPrepare(env, f, &opts)
+	kvcachedPrepare(env, f, &opts, 1, true)
 	if env[kvcached.EnabledVariable] != "false" || opts.NumCtx != before.NumCtx {
 		t.Errorf("%v, num_ctx %d", env, opts.NumCtx)
 	}

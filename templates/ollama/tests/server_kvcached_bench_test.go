@@ -26,10 +26,13 @@ type child struct {
 	opts    api.Options
 	gpus    []ml.DeviceInfo
 	leased  uint64
-	loading func() // runs while it loads
+	loading func()         // runs while it loads
+	within  func(int) bool // nil: whatever num_ctx
 }
 
 func (c *child) KVCached() *kvcached.KVCache { return c.cache }
+
+func (c *child) KVCachedWithin(numCtx int) bool { return c.within == nil || c.within(numCtx) }
 
 func (c *child) Load(ctx context.Context, info ml.SystemInfo, gpus []ml.DeviceInfo, requireFull bool) ([]ml.DeviceID, error) {
 	if c.loading != nil {
@@ -91,13 +94,13 @@ func newBench(t *testing.T, models float64, change ...func(*kvcached.Settings)) 
 		}
 		return getSystemInfoFn()
 	}
-	b.newServerFn = func(_ ml.SystemInfo, gpus []ml.DeviceInfo, path string, f *ggml.GGML, _, _ []string, opts api.Options, _ int, _ llm.LlamaServerConfig) (llm.LlamaServer, error) {
+	b.newServerFn = func(_ ml.SystemInfo, gpus []ml.DeviceInfo, path string, f *ggml.GGML, _, _ []string, opts api.Options, parallel int, config llm.LlamaServerConfig) (llm.LlamaServer, error) {
 		mock := &mockLlm{modelPath: path, vramByGPU: map[ml.DeviceID]uint64{}}
 		cache, leased := llm.KVCachedWithdraw(path)
 		if cache == nil {
 			return mock, nil
 		}
-		opts.NumCtx = llm.KVCachedReserve(b.manager, f, opts.NumCtx)
+		opts.NumCtx = llm.KVCachedReserve(b.manager, f, opts, parallel, config.ContextShift)
 		mock.contextLength = opts.NumCtx
 		c := &child{mockLlm: mock, cache: cache, opts: opts, gpus: gpus, leased: leased}
 		for _, entry := range strings.Split(cache.Env()[kvcached.LeasesVariable], ";") {
@@ -129,16 +132,24 @@ func kvcachedEntry(t *testing.T, entry string) (slot int, path string) {
 
 func kvcachedModel(t *testing.T, padding ...byte) string {
 	t.Helper()
+	return kvcachedModelOf(t, "llama", padding...)
+}
+
+// kvcachedModelOf is a file of one of the architectures llama and gemma2, which has windows of 512 cells.
+func kvcachedModelOf(t *testing.T, arch string, padding ...byte) string {
+	t.Helper()
 	path, _ := createBinFile(t, ggml.KV{
-		"general.architecture":          "llama",
-		"llama.context_length":          uint32(8192),
-		"llama.embedding_length":        uint32(512),
-		"llama.block_count":             uint32(2),
-		"llama.attention.head_count":    uint32(8),
-		"llama.attention.head_count_kv": uint32(4),
-		"tokenizer.ggml.tokens":         []string{" "},
-		"tokenizer.ggml.scores":         []float32{0},
-		"tokenizer.ggml.token_type":     []int32{0},
+		"general.architecture":             arch,
+		arch + ".context_length":           uint32(8192),
+		arch + ".embedding_length":         uint32(512),
+		arch + ".feed_forward_length":      uint32(1024),
+		arch + ".block_count":              uint32(2),
+		arch + ".attention.head_count":     uint32(8),
+		arch + ".attention.head_count_kv":  uint32(4),
+		arch + ".attention.sliding_window": uint32(512), // llama has no layers for it
+		"tokenizer.ggml.tokens":            []string{" "},
+		"tokenizer.ggml.scores":            []float32{0},
+		"tokenizer.ggml.token_type":        []int32{0},
 	}, nil)
 	file, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {

@@ -39,6 +39,25 @@ func TestKVCachedReservedContext(t *testing.T) {
 	}
 }
 
+// A model that can shift in the request's context, and cannot in the one that is reserved, is loaded with the request's.
+func TestKVCachedWindowedContext(t *testing.T) {
+	b := newBench(t, 9, func(s *kvcached.Settings) { s.MaxCtx = 6000 })
+	var loads []int
+	b.change = func(c *child) {
+		loads = append(loads, c.opts.NumCtx)
+		c.within = func(n int) bool { return n > 1024 || n == c.opts.NumCtx }
+	}
+	path := kvcachedModelOf(t, "gemma2")
+	for _, n := range []int{2048, 4096, 512, 512, 2048, 1024, 1025} {
+		if err := b.ask("a", path, numCtx(n), func(o *api.Options, _ **api.Duration) { o.NumBatch = 512 }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if want := []int{6000, 512, 6000, 1024, 6000}; !slices.Equal(loads, want) {
+		t.Errorf("loaded with %v, want %v", loads, want)
+	}
+}
+
 // The batch of an embedding model follows its context, where nobody chose it; a smaller one needs no reload.
 func TestKVCachedEmbeddingBatch(t *testing.T) {
 	b := newBench(t, 9)

@@ -12,14 +12,14 @@ import (
 
 func TestKVCachedAnnotate(t *testing.T) {
 	models := []api.ProcessModelResponse{{Name: "a:latest"}, {Name: "b:latest"}, {Name: "other:latest"}}
-	kvcachedAnnotate(models)
+	(&Server{}).kvcachedAnnotate(models)
 	if text, err := json.Marshal(models); err != nil || strings.Contains(string(text), "kvcached") {
 		t.Errorf("while off: %s, %v", text, err)
 	}
 
 	b := newBench(t, 1.5)
 	b.asleep("a", "b")
-	kvcachedAnnotate(models)
+	(&Server{sched: b.Scheduler}).kvcachedAnnotate(models)
 	asleep, awake := models[0].KVCached, models[1].KVCached
 	if asleep.State != "asleep" || asleep.WeightsMapped != 0 || asleep.HostBytes == 0 || asleep.KVReserved == 0 {
 		t.Errorf("asleep: %+v", asleep)
@@ -54,7 +54,7 @@ func TestKVCachedSizeOnAGPU(t *testing.T) {
 	}
 	sizes := func() (int64, int64) {
 		models := []api.ProcessModelResponse{{Name: "a:latest", Size: 900, SizeVRAM: 700}}
-		kvcachedAnnotate(models)
+		(&Server{sched: b.Scheduler}).kvcachedAnnotate(models)
 		return models[0].Size, models[0].SizeVRAM
 	}
 	slots, _ := b.library.Ledger("." + b.gpus[0].PCIID).Slots()
@@ -68,5 +68,29 @@ func TestKVCachedSizeOnAGPU(t *testing.T) {
 	b.until("it sleeps", func() bool { return b.states()["a"] == "asleep" })
 	if size, vram := sizes(); vram != 0 || size != 200 {
 		t.Errorf("asleep: %d of %d", vram, size)
+	}
+}
+
+// Two names of one file have one runner, which is shown by the name that it was loaded for; its lease may be another's.
+func TestKVCachedTwoNamesOfOneFile(t *testing.T) {
+	b := newBench(t, 2)
+	path := kvcachedModel(t)
+	if err := b.ask("first", path); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"first", "second"} {
+		b.loadedMu.Lock()
+		b.loaded[path].refMu.Lock()
+		b.loaded[path].model = &Model{Name: name, ShortName: name, ModelPath: path, Digest: "of " + name}
+		b.loaded[path].refMu.Unlock()
+		b.loadedMu.Unlock()
+		models := []api.ProcessModelResponse{{Name: name + ":latest", Digest: "of " + name}, {Name: "other:latest"}}
+		(&Server{sched: b.Scheduler}).kvcachedAnnotate(models)
+		if got := models[0].KVCached; got.State != "awake" || got.Lease == 0 {
+			t.Errorf("loaded for %s: %+v", name, got)
+		}
+		if got := models[1].KVCached.State; got != "unmanaged" {
+			t.Errorf("another: %s", got)
+		}
 	}
 }

@@ -223,7 +223,7 @@ func TestKVCachedUnmanaged(t *testing.T) {
 		t.Error("a model without a file was queued")
 	}
 	models := []api.ProcessModelResponse{{Name: "a:latest"}}
-	kvcachedAnnotate(models)
+	(&Server{sched: b.Scheduler}).kvcachedAnnotate(models)
 	if models[0].KVCached == nil || models[0].KVCached.State != "unmanaged" {
 		t.Errorf("%+v", models[0].KVCached)
 	}
