@@ -141,16 +141,17 @@ func (p *pool) cover(ctx context.Context) error {
 	b.changing.Lock()
 	defer b.changing.Unlock()
 	m.mu.Lock()
-	device, held, over := b.device, b.held, m.over
+	quiet := m.over || b.device == "" && b.held == 0
+	quiet = quiet || b.device != "" && !b.known(m.library.Monotonic()) // it is down, or hangs
 	m.mu.Unlock()
-	if over || device == "" && held == 0 {
+	if quiet {
 		return nil
 	}
 	v, err := p.look()
 	if err != nil {
 		return err
 	}
-	device = b.device // it may have changed since
+	device := b.device
 	least, want := uint64(0), uint64(0)
 	if device != "" {
 		unit := uint64(budgetUnit)

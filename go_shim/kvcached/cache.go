@@ -74,6 +74,7 @@ type KVCache struct {
 	again     time.Duration // the scheduler is not to be asked before
 	epoch     int           // of the child: what is answered about an earlier one is of no interest
 	lost      bool          // it sleeps, and there is no room for it with what its claim lacks, nor without
+	left      bool          // it sleeps with a claim parked, whose request has gone: nobody needs it
 	timerUp   bool          // it is to sleep as soon as nobody uses it
 	wake      *demand
 }
@@ -222,7 +223,7 @@ func (c *KVCache) reset() {
 	c.epoch++
 	c.used, c.began, c.idleSince = c.refs > 0, now, now
 	c.slept, c.woke, c.sleeping, c.unloading, c.retry, c.again = 0, 0, 0, 0, 0, 0
-	c.trimming, c.hostShort, c.timerUp, c.lost = false, false, false, false
+	c.trimming, c.hostShort, c.timerUp, c.lost, c.left = false, false, false, false, false
 }
 
 // Slot is the slot leased on the first device, or -1.

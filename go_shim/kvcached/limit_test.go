@@ -143,3 +143,44 @@ func TestWhole(t *testing.T) {
 		c.Free()
 	})
 }
+
+// A model that was put to sleep in its turn, and whose request has gone meanwhile, sleeps on: nobody gives way to it.
+func TestASleeperWhoseRequestHasGoneSleepsOn(t *testing.T) {
+	inWorld(t, 100, func(w *world) {
+		a, b := w.load("a", Need{Weights: 50}), w.load("b", Need{Weights: 50})
+		for _, c := range []*KVCache{a, b} {
+			w.l.set(c.Slot(), func(s *Slot) { s.Lease = 0 })
+		}
+		time.Sleep(5 * time.Second)
+		a.Begin()
+		time.Sleep(10 * time.Millisecond)
+		b.Begin()
+		grown := make(chan error, 2)
+		go func() { grown <- w.l.grow(a.Slot(), 10) }()
+		time.Sleep(10 * time.Millisecond)
+		go func() { grown <- w.l.grow(b.Slot(), 10) }()
+		time.Sleep(2 * time.Second)
+		w.expect("sleep b")
+		b.End() // the client has gone; its claim stays parked in the child
+		if err := <-grown; err != nil {
+			w.Error(err)
+		}
+		a.End()
+		time.Sleep(20 * time.Second)
+		w.expect()
+		if s := w.slot(b); s.Parked == 0 || s.Asleep != 50 {
+			w.Errorf("%+v", s)
+		}
+		w.idle()
+
+		// The next request wakes it, and what was parked goes on.
+		if err := w.request(w.Context(), b, time.Second); err != nil {
+			w.Error(err)
+		}
+		if err := <-grown; err != nil {
+			w.Error(err)
+		}
+		w.expect("sleep a", "wake b")
+		w.idle()
+	})
+}

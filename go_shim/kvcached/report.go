@@ -66,8 +66,7 @@ func (m *Manager) Stats() ([]Stats, error) {
 	m.mu.Lock()
 	pools := slices.Clone(m.pools)
 	m.mu.Unlock()
-	views, err := m.look(pools)
-	if err != nil {
+	if _, err := m.look(pools); err != nil {
 		return nil, err
 	}
 	defer m.mu.Unlock()
@@ -76,9 +75,7 @@ func (m *Manager) Stats() ([]Stats, error) {
 		s := Stats{Model: c.model, Name: c.name, State: c.state(), Limit: NoLimit}
 		for i, part := range c.parts {
 			if i == 0 {
-				if at := slices.Index(pools, part.pool); at >= 0 {
-					s.Limit = views[at].limit
-				}
+				s.Limit = part.pool.limit // as it was set; the ledger rounds it
 				s.PID = part.seen.PID
 			}
 			onGPU := part.pool != m.host

@@ -70,7 +70,7 @@ func (p *pool) serve(v view) (short []item, next time.Duration) {
 		waiting = append(waiting, item{since: d.since, demand: d})
 	}
 	for _, part := range p.parts {
-		if d := part.cache.wake; part.claims() && (d == nil || d.running) {
+		if d := part.cache.wake; part.claims() && !part.cache.left && (d == nil || d.running) {
 			since := part.seen.WantsSince
 			if part.cache.inFlight() > 0 {
 				since = min(since, part.cache.began) // its request came before it lacked room

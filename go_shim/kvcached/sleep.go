@@ -18,7 +18,7 @@ const (
 func (c *KVCache) observe(now time.Duration) {
 	switch {
 	case !c.asleep():
-		c.slept, c.lost = 0, false
+		c.slept, c.lost, c.left = 0, false, false
 	case c.slept == 0:
 		c.slept = now
 	}

@@ -115,7 +115,7 @@ func (c *KVCache) Begin() {
 			p.kick() // the next may load
 		}
 	}
-	c.used, c.timerUp = true, false
+	c.used, c.timerUp, c.left = true, false, false
 }
 
 // End says that a request is through with the model.
@@ -134,6 +134,7 @@ func (c *KVCache) End() {
 	c.idleSince = m.library.Monotonic()
 	if d := c.wake; d != nil && d.waiters == 0 && !d.running {
 		d.finish(nil) // whose claim it was has gone
+		c.left = d.turn
 	}
 	for _, part := range c.parts {
 		part.pool.kick()

@@ -29,7 +29,7 @@ func (p *pool) stand(now time.Duration) standing {
 			st.working = append(st.working, part)
 		case c.wake != nil && c.asleep():
 			// its requests wait for their turn
-		case c.parked():
+		case c.parked() && !c.left:
 			st.parked = append(st.parked, part)
 		case c.inUse():
 			st.working = append(st.working, part)
