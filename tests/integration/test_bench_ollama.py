@@ -46,7 +46,7 @@ def test_models_take_turns(
     assert rows["the first sleep of each"]["on"]["n"] == 5
     assert rows["KV, each of out and in"]["on"]["median"] > 0
     holding = _holding(report)
-    assert holding["requests of these whose model slept"]
+    assert holding["requests whose model slept, of all"]
     assert {
         "single model, throughput through the API",
         "two awake in turn, added to the first token",

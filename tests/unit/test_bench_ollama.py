@@ -11,7 +11,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from kvpatch import smoke
 from kvpatch.bench import device, models, ollama_capacity, ollama_models, ollama_servers, ollama_switch
@@ -19,10 +18,8 @@ from kvpatch.bench.figures import Report
 from kvpatch.bench.ollama_models import Member, Store
 from kvpatch.bench.ollama_pools import Look
 from kvpatch.bench.ollama_servers import Answer, milliseconds
-from kvpatch.cli.app import app
 from kvpatch.errors import UsageError
 from kvpatch.smoke.report import CheckFailed
-from kvpatch.stages.output import MANIFEST
 
 _COUNT = 3
 
@@ -291,53 +288,90 @@ def test_on_a_cpu_the_number_awake_is_held_against_full_reservations(store: Stor
         assert (only.value, only.limit, only.holds) == (5.0, bound, holds)
 
 
-def _build(root: Path, *, stock: bool, release: str = "v0.32.15", ollama: bool = True) -> Path:
-    library = root / "lib" / "ollama" if ollama else root / "bin"
-    programs = [library / "llama-server", *([root / "bin" / "ollama"] if ollama else [])]
-    for path in programs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("#!/bin/sh\n", encoding="utf-8")
-        path.chmod(0o755)
-    if not stock:
-        (library / "libkvcached.so").touch()
-    made = {
-        "schema": 1, "stock": stock, "release": release, "label": "x", "series": "x",
-        "upstream_commits": {"ollama": release, "llama.cpp": "1"},
-    }  # fmt: skip
-    (root / MANIFEST).write_text(json.dumps(made), encoding="utf-8")
-    return root
+class _Gpu(device.Cpu):
+    """A card as far as the report asks for it."""
+
+    name = "cuda"
 
 
-def test_builds_must_be_stock_and_patched_of_one_release(tmp_path: Path) -> None:
-    stock, patched = _build(tmp_path / "s", stock=True), _build(tmp_path / "p", stock=False)
-    other = _build(tmp_path / "o", stock=False, release="v0.32.14")
-    plain = _build(tmp_path / "l", stock=False, ollama=False)
-    _, _, facts = ollama_servers.installs(stock, patched)
-    assert facts["patched"]["release"] == "v0.32.15"
-    for pair, text in (
-        ((patched, stock), "is not a stock build"),
-        ((stock, stock), "is not a patched build"),
-        ((stock, other), "two releases"),
-        ((stock, plain), "has no ollama"),
-    ):
-        with pytest.raises(UsageError, match=text):
-            ollama_servers.installs(*pair)
+@pytest.mark.parametrize(
+    ("fits", "driver", "missed"),
+    [
+        (3, 1100, []),
+        (2, 1100, ["models awake at once"]),
+        (3, 1200, ["kvpatch top, all awake", "kvpatch top, all asleep"]),
+    ],
+)
+def test_on_a_gpu_the_number_awake_is_held_against_stock_and_top_against_the_driver(
+    store: Store, monkeypatch: pytest.MonkeyPatch, fits: int, driver: int, missed: list[str]
+) -> None:
+    look = Look(ledger=80, contexts=20, driver=driver)
+    monkeypatch.setattr(ollama_capacity, "look", lambda setup, one: look)
+    monkeypatch.setattr(ollama_capacity, "driver_used", lambda setup: driver)
+    setup = replace(_setup(store), device=_Gpu())
+    found = {side: ollama_capacity._Found() for side in ("stock", "on")}
+    for side, count in (("stock", 1), ("on", fits)):
+        talker: Any = _Talker(setup, side, count)
+        ollama_capacity._measure(
+            setup, replace(ollama_capacity.SHORT, most=_COUNT), talker, found[side], 1000
+        )
+    report = Report(kind="ollama-capacity", facts={})
+    ollama_capacity._show(setup, ollama_capacity.SHORT, report, found)
+    assert [bound.name.partition(": ")[0] for bound in report.missed] == missed
+    rows = {row.name: row.sides for row in report.rows}
+    assert rows["device use, each, awake and idle"]["stock"].median == driver - 1000
+    assert rows["awake at once"]["on"].median == fits
 
 
-def test_what_a_build_cannot_be_asked_is_a_usage_error(tmp_path: Path) -> None:
-    ollama = [_build(tmp_path / "s", stock=True), _build(tmp_path / "p", stock=False)]
-    llama = [
-        _build(tmp_path / "ls", stock=True, ollama=False),
-        _build(tmp_path / "lp", stock=False, ollama=False),
-    ]
-    for words, builds, text in (
-        (["capacity"], llama, "measures Ollama"),
-        (["switch", "--model", "x.gguf"], ollama, "--model cannot be given"),
-        (["overhead", "--budget", "20GB"], llama, "has no --budget"),
-        (["switch", "--budget", "much"], ollama, "is no size"),
-        (["switch", "--context", "100"], ollama, "cells at least"),
-    ):
-        argv = ["bench", *words, "--stock", str(builds[0]), "--patched", str(builds[1]), "--device", "cpu"]
-        done = CliRunner().invoke(app, [*argv, "--out", str(tmp_path / "out"), "--json"])
-        assert text in done.output + repr(done.exception), words
-        assert done.exit_code, words
+class _Crowd(_Talker):
+    """As _Talker; each request takes `ms`, and its model sleeps before it where `wakes`."""
+
+    def __init__(self, setup: ollama_servers.Setup, side: str, ms: float, *, wakes: bool) -> None:
+        super().__init__(setup, side, 9)
+        self.ms, self.woken, self.wakes, self.done = ms, 0, wakes, 5
+
+    def ask(
+        self, member: Member, prompt: str, count: int, context: int, *, keep: str | None = None
+    ) -> Answer:
+        self.woken += self.wakes
+        return replace(super().ask(member, prompt, count, context, keep=keep), first_ms=self.ms)
+
+    def did(self, kind: str) -> int:
+        return self.woken if kind == "wake" else 5
+
+    def took(self, kind: str) -> dict[str, list[float]]:
+        return {member.name: [30.0, 20.0] for member in self.setup.store.members}
+
+
+@pytest.mark.parametrize(
+    ("ms", "wakes", "missed"),
+    [
+        (154.0, True, []),
+        (156.0, True, ["more models than fit awake, switch to first token"]),
+        (154.0, False, None),
+    ],
+)
+def test_a_switch_may_cost_its_copies(
+    store: Store, monkeypatch: pytest.MonkeyPatch, ms: float, wakes: bool, missed: list[str] | None
+) -> None:
+    class Cpu(device.Cpu):
+        def rates(self) -> list[float]:
+            return [5e10]
+
+    # 4.8 GB and twice 0.1 GB at 50 GB/s are 100 ms: 115 and 40 more.
+    monkeypatch.setattr(ollama_switch, "asleep_bytes", lambda setup, one: ([4_800_000_000], [100_000_000]))
+    setup = replace(_setup(store), device=Cpu())
+    on: Any = _Crowd(setup, "on", ms, wakes=wakes)
+    stock: Any = _Crowd(setup, "stock", 5000.0, wakes=False)
+    report = Report(kind="ollama-switch", facts={})
+    plan = replace(ollama_switch.SHORT, crowd=_COUNT)
+    ollama_switch._crowd(setup, plan, report, {"stock": stock, "on": on}, lambda line: None)
+    if missed is None:
+        assert [bound.name for bound in report.missed] == ["requests whose model slept, of all"]
+        assert "nothing was woken" in report.notes[0]
+    else:
+        assert len(report.bounds) == 2
+        assert [bound.name for bound in report.missed] == missed
+    rows = {row.name: row.sides for row in report.rows}
+    assert rows["request to first token"]["stock"].median == 5000.0
+    assert rows["the first sleep of each"]["on"].median == 30.0
