@@ -5,6 +5,7 @@ package kvcached
 import (
 	"context"
 	"errors"
+	"math"
 	"testing"
 	"time"
 )
@@ -108,6 +109,13 @@ func TestADeviceOfWhichMoreIsKnownLater(t *testing.T) {
 			w.Errorf("%d, %v", limit, err)
 		}
 		c := w.loadOn("a", Need{Weights: 400}, third)
+		for wait, want := range map[time.Duration]string{0: "4294967295", math.MaxInt64: "4294967295", 2000 * time.Hour: "4294967295", 8 * time.Second: "8000"} {
+			w.m.SetRoomWait(wait)
+			if got := c.Env()[RoomWaitVariable]; got != want {
+				w.Errorf("%v: a child waits for %s ms, not %s", wait, got, want)
+			}
+		}
+		w.m.SetRoomWait(7 * time.Second)
 		if env := c.Env(); env[RoomWaitVariable] != "7000" || c.Model() != "a" {
 			w.Errorf("%v", env)
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"strconv"
 	"strings"
 	"sync"
@@ -70,6 +71,7 @@ type KVCache struct {
 	trimming  bool
 	unloading time.Duration // when the scheduler was asked to unload it
 	retry     time.Duration // no command to sleep before
+	failed    int           // commands to sleep that failed since the last that did not, but for use
 	hostShort bool          // its sleep found no host memory
 	again     time.Duration // the scheduler is not to be asked before
 	epoch     int           // of the child: what is answered about an earlier one is of no interest
@@ -223,6 +225,7 @@ func (c *KVCache) reset() {
 	c.epoch++
 	c.used, c.began, c.idleSince = c.refs > 0, now, now
 	c.slept, c.woke, c.sleeping, c.unloading, c.retry, c.again = 0, 0, 0, 0, 0, 0
+	c.failed = 0
 	c.trimming, c.hostShort, c.timerUp, c.lost, c.left = false, false, false, false, false
 }
 
@@ -278,7 +281,7 @@ func (c *KVCache) Env() map[string]string {
 	env[LeasesVariable] = strings.Join(entries, ";")
 	env[GroupVariable] = m.group
 	env[SleepsVariable] = "1"
-	env[RoomWaitVariable] = strconv.FormatInt(m.roomWait.Milliseconds(), 10)
+	env[RoomWaitVariable] = strconv.FormatInt(min(m.roomWait.Milliseconds(), math.MaxUint32), 10) // the child's number has 32 bits
 	if m.settings.HostText != "" {
 		env[HostMemoryVariable] = m.settings.HostText
 	}

@@ -184,3 +184,32 @@ func TestASleeperWhoseRequestHasGoneSleepsOn(t *testing.T) {
 		w.idle()
 	})
 }
+
+// A model that fails to sleep, and may not be unloaded, does not keep those who wait from an answer.
+func TestAVictimThatCannotSleepKeepsNobody(t *testing.T) {
+	for _, noHostMemory := range []bool{true, false} {
+		inWorld(t, 100, func(w *world) {
+			a := w.load("a", Need{Weights: 70})
+			a.SetPinned(true)
+			if noHostMemory {
+				w.l.hostRoom = 0
+			} else {
+				w.l.answer = func(string, Command) error { return ErrSlot }
+			}
+			time.Sleep(5 * time.Second)
+			var limit *LimitError
+			start := time.Now()
+			if _, err := w.admit("b", Request{Need: Need{Weights: 50}}, 5*time.Minute); !errors.As(err, &limit) || !limit.FitsAlone() {
+				w.Errorf("%v", err)
+			}
+			if took := time.Since(start); took > 20*time.Second {
+				w.Errorf("it was told after %v", took)
+			}
+			// One that can spill gets what there is.
+			c, err := w.m.Admit(w.Context(), Request{Model: "c", Need: Need{Weights: 50}})
+			if err != nil || c.leased() != 30 || c.Whole() {
+				w.Errorf("%v, %v", c, err)
+			}
+		})
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -188,10 +189,14 @@ func (m *Manager) OnUnload(unload func(model string) bool) {
 	m.unloader = unload
 }
 
-// SetRoomWait says how long a child's claim may wait for room: as long as the server lets a model load.
+// SetRoomWait says how long a child's claim may wait for room: as long as the server lets a model load. Without a bound, which
+// is 0 or less as in Ollama's settings, it waits for weeks.
 func (m *Manager) SetRoomWait(wait time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if wait <= 0 {
+		wait = math.MaxInt64
+	}
 	m.roomWait = wait
 }
 

@@ -17,6 +17,8 @@ const (
 	awakeAtLeast = 2 * time.Second
 	// sleepCounts is how long a sleep under way is taken for room to come.
 	sleepCounts = 15 * time.Second
+	// sleepTries is how many commands to sleep may fail until nobody waits for a model to give way.
+	sleepTries = 2
 	// contextPatience is how long a model waits for others that are in use before sleepers are unloaded for it.
 	contextPatience = 2 * time.Second
 	// patience is how long a model at the head of the queue waits for others that are in use, before they get no further

@@ -211,7 +211,7 @@ func (c *KVCache) sleepEnded(why string, need int64, v view, freed uint64, err e
 	}
 	switch {
 	case err == nil:
-		c.slept, c.timerUp = now, false
+		c.slept, c.timerUp, c.failed = now, false, 0
 		for _, part := range c.parts {
 			part.draining = false
 		}
@@ -225,7 +225,7 @@ func (c *KVCache) sleepEnded(why string, need int64, v view, freed uint64, err e
 		c.retry = now + 250*time.Millisecond
 		slog.Info("kvcached: not put to sleep, it came to be in use", log...)
 	default:
-		c.retry = now + 10*time.Second
+		c.retry, c.failed = now+10*time.Second, c.failed+1
 		slog.Warn("kvcached: a model cannot be put to sleep", append(log, "error", err)...)
 	}
 }
@@ -270,7 +270,7 @@ func (m *Manager) makeHostRoom(c *KVCache, now time.Duration) {
 		m.unload(c, "host memory is short")
 	default:
 		c.hostShort = false
-		c.retry = now + 10*time.Second
+		c.retry, c.failed = now+10*time.Second, c.failed+1
 	}
 }
 

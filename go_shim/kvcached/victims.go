@@ -41,7 +41,9 @@ func (p *pool) stand(now time.Duration) standing {
 			// nothing to be had
 		case part.frees() == 0 || !part.seen.Controlled || c.hostShort:
 		case c.retry > now:
-			st.later = min(st.later, c.retry-now)
+			if c.failed < sleepTries {
+				st.later = min(st.later, c.retry-now)
+			}
 		default:
 			if spare := part.spare(); spare > 0 && spare != part.tried {
 				st.spare = append(st.spare, part)
