@@ -56,7 +56,7 @@ def layout(packed: Path, llama: Path, target: Path, name: str) -> None:
 
 def _lay_out(root: Path, llama: Path, name: str) -> None:
     ours, theirs = manifest.read(root), manifest.read(llama)
-    commits = [made["upstream_commits"]["llama.cpp"] for made in (ours, theirs)]
+    commits = [_commit(made) for made in (ours, theirs)]
     # One of them may be known by the first characters alone.
     short, whole = sorted(commits, key=len)
     if not short or not whole.startswith(short):
@@ -75,6 +75,12 @@ def _lay_out(root: Path, llama: Path, name: str) -> None:
     paths.write_whole(root / output.MANIFEST, json.dumps(body, indent=2) + "\n")
     size = sum(row.get("size", 0) for row in body["artifacts"])
     sys.stdout.write(f"{root}: {len(body['artifacts'])} files, {size / 2**20:.1f} MiB, {ours['label']}\n")
+
+
+def _commit(made: dict[str, Any]) -> str:
+    """Of llama.cpp; of a carried tree, which has no history, what it was called when it was built."""
+    (row,) = [row for row in made["sources"] if row["upstream"] == "llama.cpp"]
+    return str(row["commit"] or row["ref"])
 
 
 def main(words: list[str]) -> int:
