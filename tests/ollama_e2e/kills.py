@@ -57,16 +57,15 @@ class _Kills:
     def asks(self, model: str, *numbers: int) -> list[Callable[[], Outcome]]:
         return [partial(client.ask, self.side.url, self.setting.question(model, n)) for n in numbers]
 
-    def victim(self, model: str = _VICTIM, *, new: bool = False, seconds: float = _SOON) -> int:
-        """The model's process, once there is one; `new`: that was not there before."""
-        before = {child.pid for child in self.side.children()} if new else set()
-        deadline = time.monotonic() + seconds
+    def victim(self, model: str = _VICTIM) -> int:
+        """The model's process, once there is one."""
+        deadline = time.monotonic() + _SOON
         while time.monotonic() < deadline:
             for child in self.side.children():
-                if child.model == model and child.pid not in before:
+                if child.model == model:
                     return child.pid
             time.sleep(0.005)
-        raise self.side.server.failed(f"no process of {model} within {seconds:g} s")
+        raise self.side.server.failed(f"no process of {model} within {_SOON:g} s")
 
     def kill(self, what: str, asked: Sequence[Callable[[], Outcome]], pid: Callable[[], int]) -> None:
         """Kills while these requests run; then the models must answer as ever."""
@@ -114,11 +113,11 @@ class _Kills:
 
     def loading(self) -> None:
         self.side.instance.command(self.side.server.port, "stop", _VICTIM)
-        self.until("stopped", lambda: _VICTIM not in loaded(self.side.server))
+        self.until("stopped", lambda: all(child.model != _VICTIM for child in self.side.children()))
         self.kill(
             "loading",
             self.asks(_VICTIM, 0, 1),
-            lambda: self.victim(new=True),
+            self.victim,
         )
 
     def sleeping(self) -> None:
