@@ -80,8 +80,8 @@ def _prepare(options: Options, say: Say) -> Setting:
     sizes = wanted.sizes_of(members)
     limit = int(sum(sizes[:2]) * _SLACK)
     say(
-        f"{len(wanted.answers)} questions, {len(wanted.unstable)} more that stock breaks off or answers in two ways; models take "
-        f"{sizes[-1]} to {sizes[0]} bytes in stock, limit {limit}"
+        f"{len(wanted.answers)} questions, {len(wanted.unstable)} more that stock breaks off or answers "
+        f"in two ways; models take {sizes[-1]} to {sizes[0]} bytes in stock, limit {limit}"
     )
     # The claim of the run, that stock would fit two: any two, and no three.
     if limit >= sum(sizes[-3:]):
