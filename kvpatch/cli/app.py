@@ -84,6 +84,9 @@ def _build(
     screen.result(data, *tables.outcome(decided, outcome))
 
 
+_TESTED = ("smoke", "manifest")  # stages that a stock build does not have
+
+
 def _staged(last: str | None, text: str) -> None:
     """Register the command that runs the build up to `last` (None: all of it)."""
 
@@ -114,6 +117,12 @@ def _staged(last: str | None, text: str) -> None:
                 f"`kvpatch {last}` stops after {last} by itself, so --until {until} has no meaning",
                 hint=f"kvpatch build --until {until}",
             )
+        goal = until if last is None else last
+        if stock and goal in _TESTED:
+            raise UsageError(
+                f"--until {goal}: a stock build is not smoke-tested, its tests are of the elastic cache",
+                hint="kvpatch build --stock",
+            )
         request = plan.Request(
             out=out,
             ollama=ollama,
@@ -132,7 +141,7 @@ def _staged(last: str | None, text: str) -> None:
             context,
             request,
             first=first,
-            last=until if last is None else last,
+            last="compile" if stock and goal is None else goal,
             show_plan=show_plan,
             locked=locked,
             lock_file=lock_file,
